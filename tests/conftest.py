@@ -1,0 +1,25 @@
+"Shared by all tests: no window for plots, one thread, small data made here, and the skip of `cuda` tests."
+import os
+os.environ.setdefault('MPLBACKEND', 'agg')
+os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+
+import numpy as np, pytest, torch
+from fastai_embdrop.corpus import lm_dataloaders
+
+SMALL = dict(emb_sz=12, n_hid=16, n_layers=2)
+
+def pytest_runtest_setup(item):
+    if 'cuda' in item.keywords and not torch.cuda.is_available(): pytest.skip('no CUDA device')
+
+def random_tokens(n, seed=0, V=40):
+    "`n` tokens of a `V`-word language with Zipf's frequencies"
+    return [f'w{i}' for i in np.random.default_rng(seed).zipf(1.5, n)%V]
+
+def small_dls(n=800, bs=4, seq_len=8, device='cpu'):
+    return lm_dataloaders([random_tokens(n)], [random_tokens(200, 1)], tok='split', min_freq=1, bs=bs, seq_len=seq_len, device=device)
+
+@pytest.fixture
+def dls(): return small_dls()
+
+@pytest.fixture(autouse=True)
+def _one_thread(): torch.set_num_threads(1)
