@@ -20,7 +20,7 @@ export: $(SETUP)
 
 # nbdev's own processing of nbs/index.ipynb, then nbconvert: no Quarto needed.
 readme: $(SETUP)
-	$(BIN)/python tests/readme.py README.md
+	$(BIN)/python tests/readme.py
 
 docs: $(SETUP)
 	@command -v quarto >/dev/null || { echo 'The site is rendered by Quarto 1.7 or later: see https://quarto.org/docs/get-started'; exit 1; }

@@ -4,6 +4,8 @@ os.environ.setdefault('MPLBACKEND', 'agg')
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
 
 import numpy as np, pytest, torch
+from fastai.basics import defaults
+from fastai.callback.progress import ProgressCallback
 from fastai_embdrop.corpus import lm_dataloaders
 
 SMALL = dict(emb_sz=12, n_hid=16, n_layers=2)
@@ -22,4 +24,8 @@ def small_dls(n=800, bs=4, seq_len=8, device='cpu'):
 def dls(): return small_dls()
 
 @pytest.fixture(autouse=True)
-def _one_thread(): torch.set_num_threads(1)
+def _quiet(monkeypatch):
+    "One thread, and learners that draw no progress bar and print no table"
+    torch.set_num_threads(1)
+    monkeypatch.setattr(defaults, 'callbacks', [c for c in defaults.callbacks if c is not ProgressCallback])
+    monkeypatch.setattr('fastai.learner.print', lambda *_: None, raising=False)

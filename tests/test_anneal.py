@@ -1,0 +1,180 @@
+"""Pins where a schedule runs and where it does not: every kind of fit, resumed and cancelled fits, crashes, wrappers, the record.
+
+The plan is recomputed here from `pct_train`'s definition, (epoch + batch/n)/epochs, not read from the callback.
+"""
+import time
+import numpy as np, pytest, torch
+from torch import nn
+from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastai.callback.schedule import SchedCos, SchedExp
+from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.learner import Recorder
+from fastai.text.all import language_model_learner
+from fastai.text.models import awdlstm as fastai_awdlstm
+from fastai_embdrop.anneal import AnnealEmbedP, DropoutScheduler, find_dropouts
+from fastai_embdrop.awdlstm import awd_lstm_learner, awd_lstm_lm, awd_lstm_lm_config
+from conftest import SMALL, small_dls
+
+f = SchedCos(.5, .05)
+
+@pytest.fixture
+def learn(dls, tmp_path): return awd_lstm_learner(dls, SMALL, path=tmp_path)
+
+def plan(n_batches, epochs=1, start=0): return [f((e+i/n_batches)/epochs) for e in range(start, epochs) for i in range(n_batches)]
+def applied(learn, key='embed_p'): return learn.recorder.hps[key]
+
+FITS = dict(fit=lambda l,cb: l.fit(2, cbs=cb), fit_one_cycle=lambda l,cb: l.fit_one_cycle(2, cbs=cb),
+            fit_flat_cos=lambda l,cb: l.fit_flat_cos(2, cbs=cb), fit_sgdr=lambda l,cb: l.fit_sgdr(1, 2, cbs=cb))
+
+@pytest.mark.parametrize('fit', FITS.values(), ids=FITS)
+def test_follows_the_plan(learn, fit):
+    fit(learn, AnnealEmbedP(.5, .05))
+    np.testing.assert_allclose(applied(learn), plan(len(learn.dls.train), 2), atol=1e-9)
+    assert learn.model[0].encoder_dp.embed_p==applied(learn)[-1]
+
+def test_fine_tune_is_two_fits(learn):
+    seen = []
+    learn.fine_tune(2, cbs=[AnnealEmbedP(.5, .05), Watch(seen)])
+    n = len(learn.dls.train)
+    np.testing.assert_allclose(seen, plan(n) + plan(n, 2), atol=1e-9)
+
+class Watch(Callback):
+    "What the model has in each forward pass of training"
+    run_valid,order = False,99
+    def __init__(self, seen): self.seen = seen
+    def after_pred(self): self.seen.append(self.model[0].encoder_dp.embed_p)
+
+@pytest.mark.parametrize('fit', ['fit', 'fit_one_cycle'])
+def test_start_epoch_continues(learn, fit):
+    getattr(learn, fit)(3, start_epoch=2, cbs=AnnealEmbedP(.5, .05))
+    np.testing.assert_allclose(applied(learn), plan(len(learn.dls.train), 3, start=2), atol=1e-9)
+
+def test_gradient_accumulation(learn):
+    learn.fit(1, cbs=[AnnealEmbedP(.5, .05), GradientAccumulation(8)])
+    np.testing.assert_allclose(applied(learn), plan(len(learn.dls.train)), atol=1e-9)
+
+# mixed precision in bf16, whose gradient scaler is off: on a CPU fastai's `autocast('cuda')` does nothing
+@pytest.mark.parametrize('cb', [MixedPrecision(amp_mode=AMPMode.BF16), GradientClip()])
+def test_beside_other_callbacks(learn, cb):
+    learn.fit(1, cbs=[AnnealEmbedP(.5, .05), cb])
+    np.testing.assert_allclose(applied(learn), plan(len(learn.dls.train)), atol=1e-9)
+
+def test_model_sees_what_is_recorded(learn):
+    seen = []
+    learn.fit(2, cbs=[AnnealEmbedP(.5, .05), Watch(seen)])
+    assert seen==applied(learn)
+
+@pytest.mark.parametrize('first', [True, False])
+def test_record_stands_beside_lr_and_mom(learn, first):
+    if first: learn.add_cb(AnnealEmbedP(.5, .05)); learn.fit_one_cycle(1)
+    else: learn.fit_one_cycle(1, cbs=AnnealEmbedP(.5, .05))
+    assert {k:len(v) for k,v in learn.recorder.hps.items()}==dict.fromkeys(['lr','mom','embed_p'], len(learn.dls.train))
+    learn.recorder.plot_sched()
+
+def test_two_schedulers_one_record(learn):
+    learn.fit_one_cycle(1, cbs=[DropoutScheduler({'weight_p':f}), AnnealEmbedP(.5, .05)])
+    assert list(learn.recorder.hps)==['lr','mom','weight_p','embed_p']
+
+def test_plain_fit_shows_no_old_lr(learn):
+    learn.add_cb(AnnealEmbedP(.5, .05))
+    learn.fit_one_cycle(1); learn.fit(2)
+    assert {k:len(v) for k,v in learn.recorder.hps.items()}=={'embed_p':2*len(learn.dls.train)}
+
+def test_validation_and_prediction_leave_record_and_model(learn):
+    learn.add_cb(AnnealEmbedP(.5, .05)); learn.fit_one_cycle(1)
+    hps,p = {k:list(v) for k,v in learn.recorder.hps.items()},learn.model[0].encoder_dp.embed_p
+    learn.validate(); learn.get_preds(reorder=False); learn.predict('w1 w2', no_bar=True)
+    assert learn.recorder.hps==hps and learn.model[0].encoder_dp.embed_p==p
+
+def test_lr_find_does_not_anneal(learn):
+    learn.add_cb(AnnealEmbedP(.5, .05)); learn.add_cb(Watch(seen := []))
+    learn.lr_find(num_it=10, show_plot=False)
+    assert set(seen)=={awd_lstm_lm_config['embed_p']} and 'embed_p' not in getattr(learn.recorder, 'hps', {})
+
+def test_two_fits_are_two_equal_plans(learn):
+    cb = AnnealEmbedP(.5, .05)
+    learn.fit(1, cbs=cb); one = applied(learn)
+    learn.fit(1, cbs=cb)
+    assert applied(learn)==one and applied(learn) is not one
+
+class Stop(Callback):
+    order,run_valid = 70,False
+    def __init__(self, at, ex): self.at,self.ex = at,ex
+    def before_batch(self):
+        if self.train_iter==self.at: raise self.ex('stopped here')
+
+def test_cancelled_fit_publishes(learn):
+    learn.fit_one_cycle(1, cbs=[AnnealEmbedP(.5, .05), Stop(5, CancelFitException)])
+    np.testing.assert_allclose(applied(learn)[:5], plan(len(learn.dls.train))[:5], atol=1e-9)
+    assert 'lr' in learn.recorder.hps
+
+@pytest.mark.filterwarnings('ignore:Implicitly cleaning up:ResourceWarning') # fastai's LRFinder, when it crashes
+@pytest.mark.parametrize('ex', [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize('during', ['fit', 'lr_find'])
+def test_crash_leaves_nothing_behind(learn, ex, during):
+    learn.add_cb(AnnealEmbedP(.5, .05))
+    if during=='fit':
+        with pytest.raises(ex): learn.fit(1, cbs=Stop(5, ex))
+    else:
+        learn.add_cb(stop := Stop(5, ex))
+        with pytest.raises(ex): learn.lr_find(num_it=10, show_plot=False)
+        learn.remove_cb(stop)
+    learn.fit(1)
+    np.testing.assert_allclose(applied(learn), plan(len(learn.dls.train)), atol=1e-9)
+
+def test_fastais_own_modules(dls):
+    learn = language_model_learner(dls, fastai_awdlstm.AWD_LSTM, config={**awd_lstm_lm_config, **SMALL}, pretrained=False)
+    learn.fit(1, cbs=DropoutScheduler({'embed_p':f, 'weight_p':f, '*hidden_dps.*.p':f}))
+    assert list(learn.recorder.hps)==['embed_p','weight_p','*hidden_dps.*.p']
+    assert {m.p for m in learn.model[0].hidden_dps}=={m.weight_p for m in learn.model[0].rnns}=={applied(learn)[-1]}
+
+def test_through_ddp(tmp_path):
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        m = awd_lstm_lm(30, SMALL)
+        wrapped = nn.parallel.DistributedDataParallel(m)
+        assert find_dropouts(wrapped, 'embed_p')==[m[0].encoder_dp]
+        assert find_dropouts(wrapped, '*input_dp.p')==[m[0].input_dp]
+    finally: torch.distributed.destroy_process_group()
+
+def test_through_compile_and_data_parallel():
+    m = awd_lstm_lm(30, SMALL)
+    assert find_dropouts(torch.compile(m), 'embed_p')==find_dropouts(nn.DataParallel(m), 'embed_p')==[m[0].encoder_dp]
+
+def test_glob_needs_the_whole_name():
+    m = awd_lstm_lm(30, SMALL)
+    with pytest.raises(ValueError, match="no module of SequentialRNN has 'input_dp.p'"): find_dropouts(m, 'input_dp.p')
+    assert find_dropouts(m, '0.input_dp.p')==[m[0].input_dp]
+    assert len(find_dropouts(m, 'p'))==1+SMALL['n_layers']+1
+
+def test_no_match_names_attribute_and_model(learn):
+    with pytest.raises(ValueError, match="SequentialRNN has 'drop_p'"): learn.fit(1, cbs=DropoutScheduler({'drop_p':f}))
+
+@pytest.mark.parametrize('sched,msg', [(SchedExp(0,.5), 'division by zero'), (lambda pct: 2., 'embed_p=2.0'),
+                                       (lambda pct: float('nan'), 'embed_p=nan'), (lambda pct: None, 'NoneType')])
+def test_bad_schedule_stops_before_the_batch(learn, sched, msg):
+    w = [p.clone() for p in learn.model.parameters()]
+    with pytest.raises(ValueError, match=f"schedule of 'embed_p' at pct=0: .*{msg}"): learn.fit(1, cbs=DropoutScheduler({'embed_p':sched}))
+    assert all(torch.equal(a,b) for a,b in zip(w, learn.model.parameters()))
+    assert learn.model[0].encoder_dp.embed_p==awd_lstm_lm_config['embed_p']
+
+@pytest.mark.parametrize('start,end', [(-.1,.5), (.5,1.1), (float('nan'),0), ('.5',0)])
+def test_bad_ends_refused_at_once(start, end):
+    with pytest.raises(ValueError, match='start=|end='): AnnealEmbedP(start, end)
+
+def test_without_recorder(learn):
+    learn.remove_cb(Recorder)
+    learn.fit(1, cbs=AnnealEmbedP(.5, .05))
+    assert learn.model[0].encoder_dp.embed_p < .06
+
+def test_less_than_100_microseconds_a_batch(learn):
+    cb = AnnealEmbedP(.5, .05)
+    with learn.added_cbs(cb):
+        learn.pct_train,learn.training,times = .3,True,[]
+        cb.before_fit()
+        for _ in range(500):
+            t = time.perf_counter()
+            cb('before_batch'); cb('after_batch')
+            times.append(time.perf_counter()-t)
+    assert np.median(times) < 100e-6
