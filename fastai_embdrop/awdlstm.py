@@ -10,12 +10,12 @@ Docs: https://fastai-embdrop.github.io/fastai_embdrop/awdlstm.html.md"""
 __all__ = ['awd_lstm_lm_config', 'awd_lstm_clas_config', 'RNNDropout', 'WeightDropout', 'AWD_LSTM', 'awd_lstm_lm',
            'awd_lstm_learner']
 
-# %% ../nbs/01_awdlstm.ipynb #89e5688d
+# %% ../nbs/01_awdlstm.ipynb #5375c2cc
 import warnings
 import torch
 from torch import nn
 from torch.nn import functional as F
-from fastcore.basics import listify
+from fastcore.basics import getcallable, listify
 from fastcore.meta import delegates
 from fastai.text.learner import language_model_learner
 from fastai.text.models import awdlstm as fastai_awdlstm
@@ -61,7 +61,7 @@ class WeightDropout(nn.Module):
                 return rnn(*args)
         finally: rnn._flat_weights = kept
 
-# %% ../nbs/01_awdlstm.ipynb #8d54c5f4
+# %% ../nbs/01_awdlstm.ipynb #3f32ab14
 class AWD_LSTM(fastai_awdlstm.AWD_LSTM):
     "fastai's `AWD_LSTM` (Merity et al. 2017) with mended dropouts; a `ValueError` names a probability outside [0, 1]"
     def __init__(self,
@@ -74,31 +74,38 @@ class AWD_LSTM(fastai_awdlstm.AWD_LSTM):
         input_p:float=.6, # Dropout on the input of the first layer
         embed_p:float=.1, # Dropout of words
         weight_p:float=.5, # Dropout of recurrent weights
-        bidir:bool=False # Bidirectional layers?
+        bidir:bool=False, # Bidirectional layers?
+        per:str='batch', # Who shares a word's fate, see `EmbeddingDropout`
+        hold:bool=False # Keep one draw of words until `reset()`?
     ):
         for n,p in dict(hidden_p=hidden_p, input_p=input_p, embed_p=embed_p, weight_p=weight_p).items(): check_p(p, n)
         super().__init__(vocab_sz, emb_sz, n_hid, n_layers, pad_token, hidden_p, input_p, embed_p, weight_p, bidir)
-        self.encoder_dp,self.input_dp = EmbeddingDropout(self.encoder, embed_p),RNNDropout(input_p)
+        self.encoder_dp,self.input_dp = EmbeddingDropout(self.encoder, embed_p, per, hold),RNNDropout(input_p)
         self.hidden_dps = nn.ModuleList(RNNDropout(hidden_p) for _ in range(n_layers))
 
     def _one_rnn(self, n_in, n_out, bidir, weight_p, l):
         return WeightDropout(nn.LSTM(n_in, n_out, 1, batch_first=True, bidirectional=bidir), weight_p)
 
+    def reset(self):
+        super().reset()
+        getcallable(self.encoder_dp, 'reset')()
+
     def _apply(self, fn, recurse=True):
         self.hidden = [tuple(map(fn, h)) for h in self.hidden]
         return super()._apply(fn, recurse)
 
-# %% ../nbs/01_awdlstm.ipynb #856d368f
-awd_lstm_lm_config   = fastai_awdlstm.awd_lstm_lm_config.copy()
-awd_lstm_clas_config = fastai_awdlstm.awd_lstm_clas_config.copy()
+# %% ../nbs/01_awdlstm.ipynb #85688648
+awd_lstm_lm_config   = {**fastai_awdlstm.awd_lstm_lm_config,   'per':'batch', 'hold':False}
+awd_lstm_clas_config = {**fastai_awdlstm.awd_lstm_clas_config, 'per':'batch', 'hold':True}
 _model_meta[AWD_LSTM] = {**_model_meta[fastai_awdlstm.AWD_LSTM], 'config_lm':awd_lstm_lm_config, 'config_clas':awd_lstm_clas_config}
 
-# %% ../nbs/01_awdlstm.ipynb #bdcfe46d
+# %% ../nbs/01_awdlstm.ipynb #0ac1afed
 def _lm_config(config, drop_mult):
     "`config` over the defaults, each of its probabilities times `drop_mult` checked"
     cfg = {**awd_lstm_lm_config, **(config or {})}
     for n,p in cfg.items():
         if n.endswith('_p'): check_p(p*drop_mult, n)
+    if cfg['hold']: warnings.warn('hold=True in a language model: nothing resets it within an epoch, so one mask lasts that long')
     return cfg
 
 # %% ../nbs/01_awdlstm.ipynb #c10981da

@@ -3,16 +3,18 @@
 The plan is recomputed here from `pct_train`'s definition, (epoch + batch/n)/epochs, not read from the callback.
 """
 import time
-import numpy as np, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import SchedCos, SchedExp
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.learner import Recorder
 from fastai.text.all import language_model_learner
 from fastai.text.models import awdlstm as fastai_awdlstm
-from fastai_embdrop.anneal import AnnealEmbedP, DropoutScheduler, find_dropouts
+from fastai_embdrop.anneal import (AnnealDropMult, AnnealEmbedP, DropoutScheduler, SchedCurriculum, SchedEarly, SchedLate, SchedPiecewise,
+                                   drop_attrs, find_dropouts)
 from fastai_embdrop.awdlstm import awd_lstm_learner, awd_lstm_lm, awd_lstm_lm_config
 from conftest import SMALL, small_dls
 
@@ -124,7 +126,7 @@ def test_crash_leaves_nothing_behind(learn, ex, during):
     np.testing.assert_allclose(applied(learn), plan(len(learn.dls.train)), atol=1e-9)
 
 def test_fastais_own_modules(dls):
-    learn = language_model_learner(dls, fastai_awdlstm.AWD_LSTM, config={**awd_lstm_lm_config, **SMALL}, pretrained=False)
+    learn = language_model_learner(dls, fastai_awdlstm.AWD_LSTM, config={**fastai_awdlstm.awd_lstm_lm_config, **SMALL}, pretrained=False)
     learn.fit(1, cbs=DropoutScheduler({'embed_p':f, 'weight_p':f, '*hidden_dps.*.p':f}))
     assert list(learn.recorder.hps)==['embed_p','weight_p','*hidden_dps.*.p']
     assert {m.p for m in learn.model[0].hidden_dps}=={m.weight_p for m in learn.model[0].rnns}=={applied(learn)[-1]}
@@ -172,9 +174,89 @@ def test_less_than_100_microseconds_a_batch(learn):
     cb = AnnealEmbedP(.5, .05)
     with learn.added_cbs(cb):
         learn.pct_train,learn.training,times = .3,True,[]
-        cb.before_fit()
+        learn.recorder.before_fit(), cb.before_fit()
         for _ in range(500):
             t = time.perf_counter()
             cb('before_batch'); cb('after_batch')
             times.append(time.perf_counter()-t)
     assert np.median(times) < 100e-6
+
+def golden(f): return [round(f(pct), 6) for pct in (0, .25, .5, .75, 1)]
+def test_named_schedules_golden_values():
+    assert golden(SchedEarly(.4, .5))==[.4, .2, 0, 0, 0]
+    assert golden(SchedLate(.2, .5))==[0, 0, .2, .2, .2]
+    assert golden(SchedCurriculum(.4, 4))==[0, .252848, .345866, .380085, .392674]
+    assert golden(SchedPiecewise([(0,0),(.25,.5),(1,.2)]))==[0, .5, .4, .3, .2]
+
+def test_curriculum_is_morerios():
+    keep = lambda t, theta, gamma: (1-theta)*np.exp(-gamma*t)+theta
+    assert all(abs(1-SchedCurriculum(.3, 5)(t)-keep(t, .7, 5))<1e-12 for t in np.linspace(0, 1, 11))
+
+@pytest.mark.parametrize('make,msg', [
+    (lambda: SchedEarly(1.2, .5), 'p=1.2'), (lambda: SchedEarly(.2, 0), 'until=0'), (lambda: SchedEarly(.2, 2), 'until=2'),
+    (lambda: SchedLate(.2, -1), 'after=-1'), (lambda: SchedLate(2, .5), 'p=2'), (lambda: SchedCurriculum(.4, 0), 'gamma=0'),
+    (lambda: SchedCurriculum(.4, float('nan')), 'gamma=nan'), (lambda: SchedCurriculum(-1, 1), 'p=-1'),
+    (lambda: SchedPiecewise([]), 'points|unpack'), (lambda: SchedPiecewise([(0,.1)]), 'from 0 to 1'), (lambda: SchedPiecewise([(0,.1),(.9,0)]), 'from 0 to 1'),
+    (lambda: SchedPiecewise([(0,.1),(.5,0),(.5,.1),(1,0)]), 'rise'), (lambda: SchedPiecewise([(0,1.1),(1,0)]), 'p=1.1'), (lambda: SchedPiecewise([0,1]), 'pairs')])
+def test_named_schedules_refuse(make, msg):
+    with pytest.raises(ValueError, match=msg): make()
+
+def test_epochs_spread_over_fits(learn):
+    cb,n,seen = AnnealEmbedP(.5, .05, epochs=4),len(learn.dls.train),[]
+    learn.fine_tune(2, freeze_epochs=1, cbs=[cb, Watch(seen)])
+    learn.fit(2, cbs=[cb, Watch(seen)])
+    np.testing.assert_allclose(seen, plan(n, 4) + [.05]*n, atol=1e-9)
+
+@pytest.mark.parametrize('ex', [RuntimeError, KeyboardInterrupt, CancelFitException])
+def test_epochs_survive_an_interruption(learn, ex):
+    cb,n = AnnealEmbedP(.5, .05, epochs=2),len(learn.dls.train)
+    if ex is CancelFitException: learn.fit(2, cbs=[cb, Stop(5, ex)])
+    else:
+        with pytest.raises(ex): learn.fit(2, cbs=[cb, Stop(5, ex)])
+    learn.validate(); learn.fit(1, cbs=cb)
+    np.testing.assert_allclose(applied(learn), [f((5+i)/n/2) for i in range(n)], atol=1e-9)
+
+def test_epochs_continue_with_start_epoch(learn):
+    cb,n = AnnealEmbedP(.5, .05, epochs=3),len(learn.dls.train)
+    with pytest.raises(RuntimeError): learn.fit(3, cbs=[cb, Stop(n+5, RuntimeError)])
+    learn.fit(3, start_epoch=1, cbs=cb)
+    np.testing.assert_allclose(applied(learn), plan(n, 3, start=1), atol=1e-9)
+
+def test_starts_from_the_configured_value(dls):
+    learn = awd_lstm_learner(dls, {**SMALL, 'embed_p':.3})
+    for _ in range(2):
+        learn.fit(1, cbs=AnnealEmbedP(end=.1))
+        assert applied(learn)[0]==.3 and abs(applied(learn)[-1]-.1)<.01
+    learn.model[0].encoder_dp.embed_p = .6
+    learn.fit(1, cbs=AnnealEmbedP(end=.1))
+    assert applied(learn)[0]==.6
+
+def test_drop_mult_scales_all_and_does_not_compound(learn):
+    base = {(n,a):getattr(m,a) for n,m in learn.model.named_modules() for a in ('embed_p','weight_p','p') if a in vars(m) or a=='embed_p' and hasattr(m,a)}
+    for _ in range(2): learn.fit(1, cbs=AnnealDropMult(1, .5))
+    last = applied(learn, 'drop_mult')[-1]
+    for (n,a),p in base.items(): assert getattr(learn.model.get_submodule(n), a)==pytest.approx(p*last)
+    assert {a for _,a in base}=={'embed_p','weight_p','p'} and applied(learn, 'drop_mult')[0]==1
+
+def test_drop_mult_reaches_torchs_dropouts():
+    m = nn.Sequential(nn.Dropout(.1), nn.Dropout2d(.2), nn.LSTM(2, 2, 2, dropout=.3), nn.MultiheadAttention(2, 1, dropout=.4), nn.Dropout(0.), nn.PairwiseDistance(2.))
+    assert [getattr(*o) for o in drop_attrs(m)]==[.1, .2, .3, .4]
+
+def test_drop_mult_above_one_is_named(learn):
+    with pytest.raises(ValueError, match="schedule of 'drop_mult' at pct=0: drop_mult=1.25"): learn.fit(1, cbs=AnnealDropMult(5, 1))
+
+def test_drop_mult_needs_a_dropout(learn):
+    for m,a in drop_attrs(learn.model): setattr(m, a, 0.)
+    with pytest.raises(ValueError, match='no module of SequentialRNN has a dropout probability'): learn.fit(1, cbs=AnnealDropMult(1, .5))
+
+def test_history_file_has_a_column(learn, tmp_path):
+    learn.fit_one_cycle(2, cbs=[CSVLogger(), AnnealEmbedP(.5, .05), DropoutScheduler({'*input_dp.p':f})])
+    df = pd.read_csv(tmp_path/'history.csv')
+    assert list(df.columns)==['epoch','train_loss','valid_loss','embed_p','*input_dp.p','time']
+    n = len(learn.dls.train)
+    np.testing.assert_allclose(df.embed_p, [applied(learn)[n-1], applied(learn)[2*n-1]])
+    assert len(learn.validate())==1
+
+@pytest.mark.parametrize('epochs', [0, -1, float('nan')])
+def test_bad_epochs_refused(epochs):
+    with pytest.raises(ValueError, match='epochs='): AnnealEmbedP(.5, .05, epochs=epochs)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest, torch
 from torch import nn
 from fastai.text.models import awdlstm as fastai_awdlstm
-from fastai.text.models.core import get_language_model
+from fastai.text.models.core import get_language_model, get_text_classifier
 from fastai_embdrop import awdlstm, dropout
 from conftest import SMALL
 
@@ -18,7 +18,7 @@ both   = pytest.mark.parametrize('lib', [pytest.param(theirs, id='fastai', marks
 V,D = 10,4
 words = torch.tensor([[1,2,3,V-1],[3,2,1,0]])
 
-def lm(lib, **kw): return get_language_model(lib.AWD_LSTM, V, {**awdlstm.awd_lstm_lm_config, **SMALL, **kw})
+def lm(lib, **kw): return get_language_model(lib.AWD_LSTM, V, {**fastai_awdlstm.awd_lstm_lm_config, **SMALL, **kw})
 
 @both
 def test_hooks_fire(lib):
@@ -92,9 +92,18 @@ def test_cast_without_reset(lib, dtype):
 
 @both
 def test_drop_mult_above_one_named(lib):
-    with pytest.raises(ValueError, match='input_p=1.25'): get_language_model(lib.AWD_LSTM, V, {**awdlstm.awd_lstm_lm_config, **SMALL}, drop_mult=5)
+    with pytest.raises(ValueError, match='input_p=1.25'): get_language_model(lib.AWD_LSTM, V, {**fastai_awdlstm.awd_lstm_lm_config, **SMALL}, drop_mult=5)
 
 @both
 def test_drop_mult_to_one_is_finite(lib):
-    m = get_language_model(lib.AWD_LSTM, V, {**awdlstm.awd_lstm_lm_config, **SMALL}, drop_mult=4)
+    m = get_language_model(lib.AWD_LSTM, V, {**fastai_awdlstm.awd_lstm_lm_config, **SMALL}, drop_mult=4)
     assert m[0].input_dp.p==1 and m(words)[0].isfinite().all()
+
+@both
+def test_one_document_one_mask(lib):
+    enc,seen = get_text_classifier(lib.AWD_LSTM, V, 2, seq_len=3, config={**SMALL, 'embed_p':.5})[0],[]
+    enc.module.encoder_dp.register_forward_hook(lambda mod,inp,out: seen.append((out!=0).any().item()))
+    for _ in range(5):
+        enc(torch.full((1,30), 5))
+        assert len(set(seen))==1 and len(seen)==10
+        seen.clear()

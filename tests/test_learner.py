@@ -49,7 +49,7 @@ def test_learners_have_our_modules(dls, make):
 def wt103_like(path, d=12):
     "Weights and vocabulary in the format of fastai's WikiText-103 files, over other words in another order"
     vocab = ['xxunk','xxpad'] + [f'w{i}' for i in range(30,5,-1)]
-    sd = get_language_model(fastai_awdlstm.AWD_LSTM, len(vocab), LM).state_dict()
+    sd = get_language_model(fastai_awdlstm.AWD_LSTM, len(vocab), {**fastai_awdlstm.awd_lstm_lm_config, **SMALL}).state_dict()
     path.mkdir(parents=True, exist_ok=True)
     torch.save(sd, path/'lstm_fwd.pth'); save_pickle(path/'itos_wt103.pkl', vocab)
     return vocab,sd
@@ -104,3 +104,11 @@ def test_only_the_contiguity_warning_is_muted():
     m.rnns[0].module.register_forward_pre_hook(warn)
     with pytest.warns(UserWarning) as seen: m(torch.zeros(1,2, dtype=torch.long))
     assert [str(w.message) for w in seen]==['another']
+
+def test_config_keys_reach_the_module(dls):
+    assert awd_lstm_learner(dls, {**SMALL, 'per':'sequence'}).model[0].encoder_dp.per=='sequence'
+    learn = text_classifier_learner(reviews_dls(reviews(), CategoryBlock), AWD_LSTM, config=SMALL, pretrained=False)
+    assert learn.model[0].module.encoder_dp.hold
+
+def test_hold_in_a_language_model_warns(dls):
+    with pytest.warns(UserWarning, match='one mask lasts'): awd_lstm_learner(dls, {**SMALL, 'hold':True})

@@ -12,7 +12,7 @@ from fastai_embdrop.dropout import EmbeddingDropout
 from conftest import SMALL, small_dls
 
 V,D = 50,6
-LM = {**ours.awd_lstm_lm_config, **SMALL}
+LM = {**theirs.awd_lstm_lm_config, **SMALL}
 
 def pair(padding_idx=None, dtype=torch.float32, p=.5):
     emb = nn.Embedding(V, D, padding_idx=padding_idx, dtype=dtype)
