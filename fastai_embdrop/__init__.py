@@ -6,6 +6,7 @@ Modules:
 - `fastai_embdrop.awdlstm`: fastai's language model with its dropout defects mended, under the same names and with the same weights
 - `fastai_embdrop.corpus`: Text to train on, read and tokenized in memory
 - `fastai_embdrop.dropout`: Drop whole words from an embedding: one draw per vocabulary row, shared by the whole batch
+- `fastai_embdrop.embeddings`: Whole-row dropout for the embeddings of a model that exists already, in place
 - `fastai_embdrop.train`: `embdrop-train`: a language model on real text with annealed embedding dropout"""
 
 __version__ = "0.1.0"

@@ -33,13 +33,13 @@ def dropout_mask(
     "A multiplicative dropout mask of shape `sz`; all zeros if `p` is 1"
     return x.new_zeros(*sz) if p==1 else x.new_empty(*sz).bernoulli_(1-p).div_(1-p)
 
-# %% ../nbs/00_dropout.ipynb #827d0bdf
+# %% ../nbs/00_dropout.ipynb #d3521c5d
 def hash_uniform(
     keys:torch.Tensor, # Integers of any shape
     seed:torch.Tensor # One random int64
 )->torch.Tensor: # float32, the shape of `keys`
     "A uniform number in [0, 1) for each key under `seed`: the splitmix64 finalizer (Steele, Lea & Flood 2014)"
-    x = keys.long()*-0x61c8864680b583eb + seed
+    x = (keys.long() + seed)*-0x61c8864680b583eb # wraps; the seed comes first, or a compiler could take the product for a loop index
     x = (x ^ (x >> 30 & 2**34-1))*-0x40a7b892e31b1a47
     x = (x ^ (x >> 27 & 2**37-1))*-0x6b2fb644ecceee15
     return ((x ^ (x >> 31 & 2**33-1)) >> 40 & 2**24-1).float()/2**24

@@ -1,0 +1,193 @@
+"""Pins the counter-based draw, who shares a fate, held masks, and compiled graphs.
+
+Statistics at five standard deviations or p > 1e-6 of a chi-squared test, over fixed seeds; the hash against splitmix64 in Python's integers.
+"""
+import shutil
+import pytest, torch
+from hypothesis import given, strategies as st
+from scipy.stats import chi2_contingency
+from torch import nn
+from torch.testing import assert_close
+from fastai_embdrop import dropout
+from fastai_embdrop.awdlstm import awd_lstm_lm
+from fastai_embdrop.dropout import EmbeddingDropout, fate_keys, hash_uniform
+from conftest import SMALL
+
+ps,pers = [.02, .1, .5, .9],['batch','sequence','token']
+N = 100_000
+
+def seed(i): return torch.randint(-2**63, 2**63-1, (), generator=torch.Generator().manual_seed(i))
+def gone(m, words): return (m(words)==0).all(-1)
+def module(p=.5, per='batch', V=50, **kw): return EmbeddingDropout(nn.Embedding(V, 2), p, per=per, **kw)
+
+def splitmix64(key, seed, M=2**64-1):
+    "The finalizer as published, on unsigned 64-bit integers; its upper 24 bits as a fraction"
+    x = (key + seed)*0x9E3779B97F4A7C15 & M
+    x = (x ^ x>>30)*0xBF58476D1CE4E5B9 & M
+    x = (x ^ x>>27)*0x94D049BB133111EB & M
+    return ((x ^ x>>31) >> 40)/2**24
+
+@given(st.lists(st.integers(0, 2**62), min_size=1), st.integers(-2**63, 2**63-1))
+def test_hash_is_splitmix64(keys, seed):
+    assert hash_uniform(torch.tensor(keys), torch.tensor(seed)).tolist()==[splitmix64(k, seed) for k in keys]
+
+@pytest.mark.parametrize('p', ps)
+def test_hash_rate(p):
+    for i in range(5):
+        rate = (hash_uniform(torch.arange(N), seed(i))<p).float().mean().item()
+        assert abs(rate-p) <= 5*(p*(1-p)/N)**.5
+
+def independent(a, b):
+    "Chi-squared test of two sequences of fates"
+    table = torch.stack([torch.stack([(a&b).sum(), (a&~b).sum()]), torch.stack([(~a&b).sum(), (~a&~b).sum()])])
+    return chi2_contingency(table.numpy()).pvalue > 1e-6
+
+@pytest.mark.parametrize('p', ps)
+@pytest.mark.parametrize('lag', [1, 2, 64, 1024])
+def test_neighbouring_ids_are_independent(p, lag):
+    fates = hash_uniform(torch.arange(N+lag), seed(0))<p
+    assert independent(fates[:-lag], fates[lag:])
+
+@pytest.mark.parametrize('p', ps)
+@pytest.mark.parametrize('delta', [None, 1, 2**32])
+def test_calls_are_independent(p, delta):
+    a = seed(0)
+    b = seed(1) if delta is None else a+delta
+    assert independent(hash_uniform(torch.arange(N), a)<p, hash_uniform(torch.arange(N), b)<p)
+
+def test_serial_correlation():
+    for i in range(5):
+        u = hash_uniform(torch.arange(N), seed(i))
+        assert abs(torch.corrcoef(torch.stack([u[:-1], u[1:]]))[0,1]) < 5/N**.5
+
+@pytest.mark.cuda
+def test_same_mask_on_cpu_and_cuda():
+    k = torch.arange(N)
+    assert torch.equal(hash_uniform(k, seed(0)), hash_uniform(k.cuda(), seed(0).cuda()).cpu())
+
+@pytest.mark.parametrize('per', pers)
+def test_same_seed_same_mask_other_seed_other(per):
+    m,words = module(per=per, V=1000),torch.randint(0, 1000, (8,50))
+    masks = []
+    for i in (0,0,1): torch.manual_seed(i); masks.append(gone(m, words))
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+
+@pytest.mark.parametrize('p', ps)
+@pytest.mark.parametrize('per', pers)
+def test_rate_and_scale(p, per):
+    m,words = module(p, per, V=4000),torch.arange(4000).repeat(3,1)
+    out = m(words).detach()
+    lost = (out==0).all(-1)
+    n = 4000 if per=='batch' else 12000
+    assert abs((lost[0] if per=='batch' else lost).float().mean()-p) <= 5*(p*(1-p)/n)**.5
+    assert_close(out[~lost], m.emb.weight.detach()[words][~lost]/(1-p))
+    assert torch.equal(m.eval()(words), m.emb(words))
+
+def test_who_shares_a_fate():
+    words = torch.randint(0, 20, (30,200), generator=torch.Generator().manual_seed(0))
+    for per in pers:
+        keys = fate_keys(words, 20, per)
+        same_word = words.view(-1,1)==words.view(1,-1)
+        row = torch.arange(30).repeat_interleave(200)
+        same = dict(batch=same_word, sequence=same_word & (row.view(-1,1)==row), token=torch.eye(6000, dtype=torch.bool))[per]
+        assert torch.equal(keys.view(-1,1)==keys.view(1,-1), same)
+
+def test_sequences_are_independent():
+    g = gone(module(.5, 'sequence', V=N), torch.arange(N).repeat(2,1))
+    assert independent(g[0], g[1])
+
+def test_one_sequence_without_a_batch_dimension():
+    w = torch.tensor([1,2,1,2])
+    g = gone(module(per='sequence'), w)
+    assert torch.equal(g[:2], g[2:])
+
+@pytest.mark.parametrize('per', pers)
+@pytest.mark.parametrize('shape', [(0,), (3,0), (2,3,4)])
+def test_shapes(per, shape):
+    words = torch.randint(0, 50, shape)
+    assert module(per=per)(words).shape==(*shape, 2)
+
+def test_large_vocabularies_need_no_table(monkeypatch):
+    monkeypatch.setattr(dropout, 'hash_above', 10)
+    m,words = module(V=50),torch.tensor([[1,2,3,1]])
+    monkeypatch.setattr(dropout, 'dropout_mask', lambda *_: pytest.fail('drew a number for each row of the vocabulary'))
+    g = [gone(m, words)[0] for _ in range(50)]
+    assert all(o[0]==o[3] for o in g) and len({tuple(o.tolist()) for o in g})>4
+
+class Allocations(torch.utils._python_dispatch.TorchDispatchMode):
+    "The largest tensor that any operation returns, views of the table aside"
+    largest = 0
+    def __init__(self, table):
+        super().__init__()
+        self.table = table.untyped_storage().data_ptr()
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        res = func(*args, **(kwargs or {}))
+        for o in torch.utils._pytree.tree_leaves(res):
+            if isinstance(o, torch.Tensor) and not o.is_sparse and o.untyped_storage().data_ptr()!=self.table: self.largest = max(self.largest, o.numel())
+        return res
+
+@pytest.mark.parametrize('V,bound', [(5000, 5000), (dropout.hash_above+1, 200*8)])
+def test_nothing_of_the_tables_size_is_allocated(V, bound):
+    m = EmbeddingDropout(nn.Embedding(V, 8, sparse=True), .5)
+    words = torch.randint(0, V, (10,20))
+    with Allocations(m.emb.weight) as seen: m(words).sum().backward()
+    assert seen.largest <= bound
+
+def test_held_until_reset():
+    for per in ('batch','sequence'):
+        m,words = module(per=per, hold=True, V=1000),torch.arange(1000).repeat(2,1)
+        a,b = gone(m, words),gone(m, words[:,:500])
+        assert torch.equal(a[:,:500], b)
+        m.embed_p = .5
+        assert torch.equal(a, gone(m, words))
+        m.reset()
+        assert not torch.equal(a, gone(m, words))
+
+@pytest.mark.parametrize('kw,msg', [(dict(per='word'), "per='word'"), (dict(per='token', hold=True), 'hold=True needs')])
+def test_bad_choices_refused(kw, msg):
+    with pytest.raises(ValueError, match=msg): module(**kw)
+
+def test_buffer_follows_p_and_stays_float32():
+    m = module(.02).half()
+    assert m._p.dtype==torch.float32 and m._p==torch.tensor(.02) and list(m.state_dict())==['emb.weight']
+    m.to(torch.bfloat16).embed_p = .1
+    assert m._p==torch.tensor(.1)
+
+def graphs(): return torch._dynamo.utils.counters['stats']['unique_graphs']
+
+@pytest.fixture
+def dynamo():
+    torch._dynamo.reset(); torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+needs_compiler = pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='torch.compile needs a C++ compiler on a CPU')
+compiling = pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning') # raised inside torch's compiler
+
+@needs_compiler
+@compiling
+@pytest.mark.parametrize('dynamic', [None, True])
+@pytest.mark.parametrize('per', pers)
+def test_one_graph_for_every_p(dynamo, per, dynamic):
+    m,words = module(per=per, V=5000),torch.arange(5000).view(50,100)
+    f = torch.compile(m, fullgraph=True, dynamic=dynamic)
+    for p in [i/101 for i in range(1,101)]+[0,1]:
+        m.embed_p = p
+        out = f(words)
+        rate = (out==0).all(-1).float().mean().item()
+        assert abs(rate-p) <= 5*(p*(1-p)/5000)**.5
+    out.sum().backward()
+    assert graphs()==1
+
+@needs_compiler
+@compiling
+def test_language_model_compiles_and_anneals(dynamo):
+    m = awd_lstm_lm(50, SMALL)
+    f,opt = torch.compile(m),torch.optim.SGD(m.parameters(), .1)
+    words,seen = torch.randint(0, 50, (4,9)),[]
+    for i in range(40):
+        m[0].encoder_dp.embed_p = .5*(1-i/40)
+        f(words)[0].sum().backward(); opt.step(); opt.zero_grad()
+        seen.append(graphs())
+    assert seen[-1]==seen[9], 'no new graph after the first ten steps'
+    assert not torch._dynamo.utils.counters['recompile_limit']
