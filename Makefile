@@ -8,8 +8,10 @@ SETUP  := .venv/.installed
 train: $(SETUP)
 	$(BIN)/embdrop-train settings.ini --overwrite
 
+# Two notebooks at once, so one thread each.
+test: export OMP_NUM_THREADS = 1
 test: $(SETUP)
-	$(BIN)/nbdev-test --do-print
+	$(BIN)/nbdev-test --do-print --n-workers 2
 	$(BIN)/pytest
 
 # Bring the library and README.md in line with the notebooks.

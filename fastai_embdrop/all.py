@@ -1,6 +1,8 @@
-"Everything public, to be imported after `from fastai.text.all import *`"
-from .dropout import *
-from .awdlstm import *
-from .anneal import *
-from .corpus import *
-
+"What users meet, to be imported after `from fastai.text.all import *`: `AWD_LSTM` and its configurations are then this package's"
+from .dropout import EmbeddingDropout
+from .awdlstm import AWD_LSTM, awd_lstm_clas_config, awd_lstm_learner, awd_lstm_lm, awd_lstm_lm_config
+from .anneal import (AnnealDropMult, AnnealEmbedP, DropoutScheduler, SchedCurriculum, SchedEarly, SchedLate, SchedPiecewise, drop_attrs,
+                     find_dropouts)
+from .embeddings import add_embedding_dropout, remove_embedding_dropout
+from .corpus import Corpus, lm_dataloaders, read_corpus, tokenize
+from .train import Settings, load_run, train_lm

@@ -33,7 +33,7 @@ def dropout_mask(
     "A multiplicative dropout mask of shape `sz`; all zeros if `p` is 1"
     return x.new_zeros(*sz) if p==1 else x.new_empty(*sz).bernoulli_(1-p).div_(1-p)
 
-# %% ../nbs/00_dropout.ipynb #d3521c5d
+# %% ../nbs/00_dropout.ipynb #c63a3cc8
 def hash_uniform(
     keys:torch.Tensor, # Integers of any shape
     seed:torch.Tensor # One random int64
@@ -42,7 +42,7 @@ def hash_uniform(
     x = (keys.long() + seed)*-0x61c8864680b583eb # wraps; the seed comes first, or a compiler could take the product for a loop index
     x = (x ^ (x >> 30 & 2**34-1))*-0x40a7b892e31b1a47
     x = (x ^ (x >> 27 & 2**37-1))*-0x6b2fb644ecceee15
-    return ((x ^ (x >> 31 & 2**33-1)) >> 40 & 2**24-1).float()/2**24
+    return (x >> 40 & 2**24-1)*2**-24 # the upper 24 bits, which the finalizer's last step leaves alone
 
 # %% ../nbs/00_dropout.ipynb #4721e87c
 hash_above = 2**19 # larger vocabularies are drawn by `hash_uniform` in every case
@@ -57,14 +57,14 @@ def fate_keys(
     if per=='batch' or words.ndim<2: return words
     return words + n*torch.arange(len(words), device=words.device).view(-1, *[1]*(words.ndim-1))
 
-# %% ../nbs/00_dropout.ipynb #97de4393
+# %% ../nbs/00_dropout.ipynb #2c508279
 class RowDropout(nn.Module):
     "A probability `embed_p`, who shares a fate (`per`), for how long (`hold`), and the draw"
     def _setup(self, embed_p, per, hold, device):
         if per not in ('batch','sequence','token'): raise ValueError(f"per={per!r}: it is 'batch', 'sequence' or 'token'")
         if hold and per=='token': raise ValueError("hold=True needs words that share a fate: with per='token' none do")
         self.per,self.hold,self._seed = per,hold,None
-        self.register_buffer('_p', torch.zeros((), device=device), persistent=False)
+        for k in '_p','_scale': self.register_buffer(k, torch.zeros((), device=device), persistent=False)
         self.embed_p = embed_p
 
     @property
@@ -73,12 +73,14 @@ class RowDropout(nn.Module):
     def embed_p(self, p):
         self._embed_p = check_p(p)
         self._p.fill_(self._embed_p)
+        self._scale.fill_(1/(1-self._embed_p) if p<1 else 0)
 
     def reset(self): self._seed = None
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self._p,self._seed = self._p.new_tensor(self._embed_p, dtype=torch.float32),None
+        self._p,self._scale = self._p.float(),self._scale.float() # float32 in a half-precision model too,
+        self.embed_p,self._seed = self.embed_p,None               # and not rounded on the way
         return self
 
     def _draw_seed(self, device):
@@ -93,7 +95,7 @@ class RowDropout(nn.Module):
         if self.per=='batch' and not (self.hold or compiling or len(w)>hash_above):
             return dropout_mask(w.detach(), (len(w),1), self.embed_p)[words]
         u = hash_uniform(fate_keys(words, len(w), self.per), self._draw_seed(words.device))
-        return torch.where(u>=self._p, 1/(1-self._p), 0.).to(w.dtype)[...,None]
+        return ((u>=self._p)*self._scale).to(w.dtype)[...,None]
 
     def extra_repr(self):
         new = [f'embed_p={self.embed_p}'] + [f'per={self.per!r}']*(self.per!='batch') + ['hold=True']*self.hold

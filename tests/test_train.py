@@ -1,0 +1,227 @@
+"""Pins `embdrop-train`: settings and their precedence, the files of a run, bad input (one line, status 2, nothing written), loading."""
+import json, os, platform, subprocess, sys
+from pathlib import Path
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
+from fastai.text.all import SchedCos, SchedExp, SchedLin, SchedNo, SchedPoly
+from fastai_embdrop import __version__
+from fastai_embdrop.corpus import fingerprint, read_corpus
+from fastai_embdrop.train import Settings, load_run, main, parse_args, read_ini, run_files, to_ini, train_lm
+from conftest import random_tokens
+
+root = Path(__file__).parent.parent
+TINY = dict(epochs=2, bs=4, seq_len=8, emb_sz=8, n_hid=12, n_layers=2, tok='split', min_freq=1, device='cpu')
+
+def flags(**kw): return [o for k,v in {**TINY, **kw}.items() for o in (f'--{k}', str(v))]
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp('data')/'text.txt'
+    path.write_text(' '.join(random_tokens(900)))
+    return path
+
+@pytest.fixture(scope='module')
+def run(text, tmp_path_factory):
+    "A finished run: folder and `Learner`"
+    out = tmp_path_factory.mktemp('out')/'new'/'run'
+    return out,train_lm(Settings(**TINY, data=text, out=out))
+
+def fails(capsys, *args):
+    "The one line that `main` writes to stderr for bad input"
+    capsys.readouterr()
+    assert main([str(o) for o in args])==2
+    out,err = capsys.readouterr()
+    assert err.count('\n')==1 and err.startswith('embdrop-train: ') and 'Exception occured' not in err
+    return err
+
+# Settings
+
+shipped = Settings(max_words=120_000)
+
+def test_shipped_settings_are_the_defaults_on_fewer_words():
+    assert (root/"settings.ini").read_text()==to_ini(shipped)
+    assert parse_args([str(root/"settings.ini")])==(shipped, False, False) and parse_args([])==(Settings(), False, False)
+
+def test_the_keys():
+    keys = 'data out epochs bs seq_len lr emb_sz n_hid n_layers drop_mult start end sched tok max_vocab min_freq max_words seed device precision'
+    assert list(read_ini(root/'settings.ini'))==keys.split()
+    assert (Settings().data, Settings().out)==('docstrings','run')
+
+def test_flag_over_file_over_default(tmp_path):
+    (tmp_path/'s.ini').write_text('\ufeff[train]\nepochs = 2\nlr = 1e-3\ndata = 50%%/$x\n', encoding='utf-8')
+    s,show,overwrite = parse_args(['--epochs', '7', str(tmp_path/'s.ini'), '--overwrite'])
+    assert (s.epochs, s.lr, s.bs, s.data)==(7, 1e-3, Settings().bs, '50%%/$x')
+    assert (show,overwrite)==(False,True)
+
+def test_show_prints_the_settings_in_force(tmp_path, capsys):
+    assert main(['--epochs', '9', '--show', '--out', str(tmp_path/'run')]) is None
+    (tmp_path/'s.ini').write_text(capsys.readouterr().out)
+    assert parse_args([str(tmp_path/'s.ini')])[0]==Settings(epochs=9, out=tmp_path/'run') and not (tmp_path/'run').exists()
+
+def test_help_documents_each_setting(capsys):
+    with pytest.raises(SystemExit) as e: main(['--help'])
+    text = ' '.join(capsys.readouterr().out.split())
+    assert e.value.code==0 and 'None' not in text
+    for k,v in vars(Settings()).items(): assert f'--{k} ' in text and f'(default: {v})' in text
+
+# Bad input
+
+@pytest.mark.parametrize('flag,value,msg', [
+    ('data','nowhere','nowhere'), ('data','','data is empty'), ('epochs','0','epochs=0'), ('epochs','2.5','epochs=2.5: not of type int'),
+    ('lr','0','lr=0'), ('lr','inf','lr=inf'), ('bs','-1','bs=-1'), ('start','1.5','start=1.5'), ('end','nan','end=nan'), ('drop_mult','-1','drop_mult'),
+    ('sched','up','up'), ('tok','words','words'), ('precision','fp8','fp8'), ('precision','fp16','needs a CUDA device'), ('precision','bf16','needs a CUDA device'),
+    ('device','gpu','device=gpu'), ('device','meta','device=meta'), ('seed',2**64,'seed'), ('n_hid','0','n_hid'), ('max_vocab','1','max_vocab'),
+    ('epoch','3','--epoch'), ('seq-len','8','--seq-len'), ('drop_mult','9','_p=')])
+def test_bad_setting(capsys, tmp_path, text, flag, value, msg):
+    assert msg in fails(capsys, *flags(data=text, out=tmp_path/'run'), f'--{flag}', value)
+    assert not (tmp_path/'run').exists()
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without a CUDA device')
+def test_no_such_device(capsys, tmp_path, text):
+    assert 'device=cuda' in fails(capsys, *flags(data=text, out=tmp_path/'run', device='cuda'))
+
+@pytest.mark.parametrize('kw', [dict(start=0), dict(end=0)])
+def test_exponential_schedule_needs_both_ends(capsys, kw):
+    assert 'start and end must be above 0' in fails(capsys, *flags(sched='exp', **kw))
+
+@pytest.mark.parametrize('ini,msg', [('[train]\nepoch = 3', 'unknown key epoch'), ('[train]\nepochs = three', 'epochs=three'), ('[run]\nepochs = 3', 'no section'),
+                                     ('epochs = 3', 'no section'), ('[train]\nbs = 3\nbs = 4', 'bs'), ('[train]\nbs', 'bs'), ('[train]\nbs =', 'bs is empty'), ('', 'no text')])
+def test_bad_ini(capsys, tmp_path, ini, msg):
+    (tmp_path/'s.ini').write_text(ini)
+    assert msg in fails(capsys, tmp_path/'s.ini')
+
+def test_missing_ini(capsys, tmp_path): assert 's.ini' in fails(capsys, tmp_path/'s.ini')
+
+@pytest.mark.parametrize('name,content,msg', [('a.txt', b'', 'no text'), ('a.txt', b'caf\xe9 ', 'not UTF-8 at byte 3'), ('a.csv', b'body\nhello\n', "'text'"),
+                                              ('a.txt', b'a few words '*10, '28 training tokens, but a batch needs 33'), ('a.txt', b'a '*300, '29 held-out')])
+def test_bad_data(capsys, tmp_path, name, content, msg):
+    (tmp_path/name).write_bytes(content)
+    assert msg in fails(capsys, *flags(data=tmp_path/name, out=tmp_path/'run', bs=32 if 'held' in msg else 4))
+    assert os.listdir(tmp_path)==[name]
+
+def test_out_is_not_the_data(capsys, tmp_path):
+    (tmp_path/'sample.txt').write_text('mine')
+    assert 'is where the data are' in fails(capsys, *flags(data=tmp_path, out=tmp_path/'.'), '--overwrite')
+    assert os.listdir(tmp_path)==['sample.txt']
+
+def test_unwritable_out(capsys, tmp_path, text):
+    (tmp_path/'file').write_text('mine')
+    assert 'cannot be written to' in fails(capsys, *flags(data=text, out=tmp_path/'file'/'run'))
+    assert (tmp_path/'file').read_text()=='mine'
+
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid()==0, reason='root may write anywhere')
+def test_read_only_out(capsys, tmp_path, text):
+    tmp_path.chmod(0o500)
+    assert 'cannot be written to' in fails(capsys, *flags(data=text, out=tmp_path/'run'))
+
+def test_a_run_is_not_overwritten_unasked(capsys, tmp_path, text):
+    for f in ['vocab.json', 'mine.txt']: (tmp_path/f).write_text('old')
+    args = flags(data=text, out=tmp_path, epochs=1)
+    assert 'holds a run' in fails(capsys, *args)
+    assert 'a batch needs' in fails(capsys, *args, '--overwrite', '--bs', 1000)
+    assert (tmp_path/'vocab.json').read_text()=='old', 'bad input costs no run'
+    assert main([*args, '--overwrite']) is None
+    assert sorted(os.listdir(tmp_path))==sorted([*run_files, 'mine.txt']) and (tmp_path/'mine.txt').read_text()=='old'
+    assert 'xxunk' in json.loads((tmp_path/'vocab.json').read_text())
+
+def test_error_of_a_callback_is_unwrapped(capsys, tmp_path, text, monkeypatch):
+    def before_fit(self): raise ValueError('two\nlines')
+    monkeypatch.setattr('fastai.learner.Recorder.before_fit', before_fit)
+    assert fails(capsys, *flags(data=text, out=tmp_path/'run'))=='embdrop-train: two lines\n'
+
+def test_diverged_training_says_so(capsys, tmp_path, text):
+    assert 'not finite' in fails(capsys, *flags(data=text, out=tmp_path/'run', lr=1e30))
+
+# A run
+
+def test_files_of_a_run(run):
+    out,learn = run
+    assert sorted(os.listdir(out))==sorted(run_files)
+    for f in 'schedule.png','losses.png': assert min(plt.imread(out/f).shape[:2])>300 and plt.imread(out/f)[...,:3].std()>0
+    assert json.loads((out/'vocab.json').read_text())==list(learn.dls.vocab)
+    prompt,text = (out/'sample.txt').read_text().strip().split('\n\n', 1)
+    assert text.startswith(prompt) and len(text.split())>len(prompt.split())+40
+
+def test_weights_alone(run):
+    out,learn = run
+    wgts = torch.load(out/'model.pth', weights_only=True)
+    assert list(wgts)==list(learn.model.state_dict()) and all(torch.equal(v, wgts[k]) for k,v in learn.model.state_dict().items())
+
+def test_config(run, text):
+    out,learn = run
+    cfg = json.loads((out/'config.json').read_text())
+    assert Settings(**cfg['settings'])==Settings(**TINY, data=text, out=out)
+    corpus = read_corpus(text)
+    assert cfg['fingerprint']==fingerprint(corpus) and cfg['device']=='cpu'
+    assert cfg['versions']['torch']==torch.__version__ and cfg['versions']['python']==platform.python_version() and cfg['versions']['fastai_embdrop']==__version__
+    assert {'fastai','fastcore'} < set(cfg['versions'])
+    assert cfg['tokens']=={k: sum(len(t.split()) for t in v) for k,v in corpus._asdict().items()} and cfg['vocab_sz']==len(learn.dls.vocab)
+    assert cfg['params']==sum(p.numel() for p in learn.model.parameters())
+
+def test_history(run):
+    hist = pd.read_csv(run[0]/'history.csv')
+    assert list(hist)==['epoch','train_loss','valid_loss','perplexity','embed_p','time'] and len(hist)==2
+    assert np.allclose(hist.perplexity, np.exp(hist.valid_loss))
+
+@pytest.mark.parametrize('name,sched', [('cos',SchedCos(.6,.1)), ('lin',SchedLin(.6,.1)), ('exp',SchedExp(.6,.1)), ('poly',SchedPoly(.6,.1,2)), ('const',SchedNo(.6,.1))])
+def test_embed_p_follows_the_schedule(tmp_path, text, name, sched):
+    learn = train_lm(Settings(**{**TINY, 'epochs':3}, data=text, out=tmp_path, start=.6, end=.1, sched=name))
+    n,hist = len(learn.dls.train),pd.read_csv(tmp_path/'history.csv')
+    assert learn.recorder.hps['embed_p']==pytest.approx([sched(i/(3*n)) for i in range(3*n)])
+    assert hist.embed_p.tolist()==pytest.approx([sched(((e+1)*n-1)/(3*n)) for e in range(3)])
+    assert set(learn.recorder.hps)=={'lr','mom','embed_p'}
+
+def test_a_run_can_be_repeated(run, tmp_path, text):
+    hists = []
+    for i,seed in enumerate([42,42,1]):
+        train_lm(Settings(**TINY, data=text, out=tmp_path/str(i), seed=seed))
+        hists.append(pd.read_csv(tmp_path/str(i)/'history.csv').drop(columns='time'))
+    assert hists[0].equals(hists[1]) and not hists[0].equals(hists[2])
+    assert (tmp_path/'0/model.pth').read_bytes()==(tmp_path/'1/model.pth').read_bytes()
+    assert (tmp_path/'0/sample.txt').read_text()==(tmp_path/'1/sample.txt').read_text()
+
+def test_settings_reach_the_model(tmp_path, text):
+    learn = train_lm(Settings(**{**TINY, 'min_freq':2, 'max_vocab':20, 'epochs':1}, data=text, out=tmp_path, drop_mult=0, max_words=500))
+    enc = learn.model[0]
+    assert (enc.emb_sz, enc.n_hid, enc.n_layers, enc.input_dp.p, enc.rnns[0].weight_p)==(8, 12, 2, 0, 0)
+    assert (learn.dls.bs, learn.dls.train.seq_len)==(4,8) and len([o for o in learn.dls.vocab if o!='xxfake'])==20
+    assert json.loads((tmp_path/'config.json').read_text())['tokens']=={'train':500, 'valid':50, 'test':0}
+
+def test_test_text_is_measured(tmp_path, capsys):
+    for i,o in enumerate(['train','valid','test']): (tmp_path/f'{o}.txt').write_text(' '.join(random_tokens(400, i)))
+    assert main(flags(data=tmp_path, out=tmp_path/'run'))is None
+    res = json.loads((tmp_path/'run'/'config.json').read_text())['results']
+    assert res['test_perplexity']==pytest.approx(np.exp(res['test_loss'])) and res['test_loss']!=res['valid_loss']
+    assert f"test_perplexity {res['test_perplexity']:.4g}" in capsys.readouterr().out
+
+def test_summary(tmp_path, text, capsys):
+    main(flags(data=text, out=tmp_path/'run'))
+    out,err = capsys.readouterr()
+    res = json.loads((tmp_path/'run'/'config.json').read_text())['results']
+    assert f"perplexity {res['perplexity']:.4g}" in out and all(str(tmp_path/'run'/f) in out for f in run_files) and not err
+
+# Loading
+
+def test_load_run_predicts_the_same(run):
+    out,learn = run
+    again,x = load_run(out, 'cpu'),torch.randint(0, len(learn.dls.vocab), (2,9))
+    for l in learn,again: l.model.eval(); l.model.reset()
+    assert torch.equal(learn.model(x)[0], again.model(x)[0])
+    assert again.predict('w1 w2', n_words=4, no_bar=True).startswith('w1 w2')
+    assert again.model[0].encoder.weight is again.model[1].decoder.weight
+
+def test_load_run_checks_the_vocabulary(run, tmp_path):
+    for f in 'model.pth','config.json': (tmp_path/f).write_bytes((run[0]/f).read_bytes())
+    (tmp_path/'vocab.json').write_text(json.dumps(json.loads((run[0]/'vocab.json').read_text())[:-1]))
+    with pytest.raises(ValueError, match='words, but weights for'): load_run(tmp_path)
+
+# The command
+
+def command(*args): return subprocess.run([sys.executable, '-c', 'import sys; from fastai_embdrop.train import main; sys.exit(main())', *map(str, args)], capture_output=True, text=True)
+
+def test_command_succeeds(tmp_path, text):
+    p = command(*flags(data=text, out=tmp_path/'run', tok='spacy'))
+    assert (p.returncode, p.stderr)==(0,'') and 'valid_loss' in p.stdout and sorted(os.listdir(tmp_path/'run'))==sorted(run_files)
+
+def test_command_fails_in_one_line(tmp_path):
+    p = command('--data', tmp_path/'nowhere.txt', '--out', tmp_path/'run')
+    assert p.returncode==2 and p.stderr==f"embdrop-train: {tmp_path/'nowhere.txt'}: no such file or folder\n" and not (tmp_path/'run').exists()
