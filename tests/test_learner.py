@@ -110,5 +110,7 @@ def test_config_keys_reach_the_module(dls):
     learn = text_classifier_learner(reviews_dls(reviews(), CategoryBlock), AWD_LSTM, config=SMALL, pretrained=False)
     assert learn.model[0].module.encoder_dp.hold
 
-def test_hold_in_a_language_model_warns(dls):
-    with pytest.warns(UserWarning, match='one mask lasts'): awd_lstm_learner(dls, {**SMALL, 'hold':True})
+@pytest.mark.parametrize('make', [lambda dls: awd_lstm_learner(dls, {**SMALL, 'hold':True}),
+                                  lambda dls: language_model_learner(dls, AWD_LSTM, config={**LM, 'hold':True}, pretrained=False)])
+def test_hold_in_a_language_model_warns(dls, make):
+    with pytest.warns(UserWarning, match='one mask lasts|lasts that long'): make(dls).fit(1)
