@@ -1,0 +1,1 @@
+"Experiments that anyone can rerun; not part of the installed package."
