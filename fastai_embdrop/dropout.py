@@ -33,7 +33,7 @@ def dropout_mask(
     "A multiplicative dropout mask of shape `sz`; all zeros if `p` is 1"
     return x.new_zeros(*sz) if p==1 else x.new_empty(*sz).bernoulli_(1-p).div_(1-p)
 
-# %% ../nbs/00_dropout.ipynb #c63a3cc8
+# %% ../nbs/00_dropout.ipynb #d4037b7d
 def hash_uniform(
     keys:torch.Tensor, # Integers of any shape
     seed:torch.Tensor # One random int64
@@ -42,7 +42,7 @@ def hash_uniform(
     x = (keys.long() + seed)*-0x61c8864680b583eb # wraps; the seed comes first, or a compiler could take the product for a loop index
     x = (x ^ (x >> 30 & 2**34-1))*-0x40a7b892e31b1a47
     x = (x ^ (x >> 27 & 2**37-1))*-0x6b2fb644ecceee15
-    return (x >> 40 & 2**24-1)*2**-24 # the upper 24 bits, which the finalizer's last step leaves alone
+    return (x >> 40 & 2**24-1).float()*2**-24 # the upper 24 bits, which the finalizer's last step leaves alone
 
 # %% ../nbs/00_dropout.ipynb #4721e87c
 hash_above = 2**19 # larger vocabularies are drawn by `hash_uniform` in every case
@@ -57,14 +57,14 @@ def fate_keys(
     if per=='batch' or words.ndim<2: return words
     return words + n*torch.arange(len(words), device=words.device).view(-1, *[1]*(words.ndim-1))
 
-# %% ../nbs/00_dropout.ipynb #2c508279
+# %% ../nbs/00_dropout.ipynb #73276af2
 class RowDropout(nn.Module):
     "A probability `embed_p`, who shares a fate (`per`), for how long (`hold`), and the draw"
     def _setup(self, embed_p, per, hold, device):
         if per not in ('batch','sequence','token'): raise ValueError(f"per={per!r}: it is 'batch', 'sequence' or 'token'")
         if hold and per=='token': raise ValueError("hold=True needs words that share a fate: with per='token' none do")
         self.per,self.hold,self._seed = per,hold,None
-        for k in '_p','_scale': self.register_buffer(k, torch.zeros((), device=device), persistent=False)
+        for k in '_p','_scale': self.register_buffer(k, torch.zeros((), device=device, dtype=torch.float32), persistent=False)
         self.embed_p = embed_p
 
     @property

@@ -153,6 +153,13 @@ def test_buffer_follows_p_and_stays_float32():
     m.to(torch.bfloat16).embed_p = .1
     assert m._p==torch.tensor(.1)
 
+def test_the_draw_does_not_follow_the_default_dtype():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert hash_uniform(torch.arange(9), seed(0)).dtype==torch.float32
+        assert module(.02)._p.dtype==torch.float32
+    finally: torch.set_default_dtype(torch.float32)
+
 def graphs(): return torch._dynamo.utils.counters['stats']['unique_graphs']
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Pins the repository: notebooks clean, library and README.md in sync with them, pages that process, links that lead somewhere, a wheel that imports."""
 import ast, json, os, re, shutil, subprocess, sys, zipfile
 from pathlib import Path
-import pytest
+import pytest, yaml
 
 root = Path(__file__).parent.parent
 pages = sorted(p for p in (root/'nbs').rglob('*.ipynb') if not any(o[0] in '._' for o in p.relative_to(root).parts))
@@ -55,6 +55,8 @@ def test_page_style(page):
     assert any(c.get('outputs') for c in cells), 'outputs are saved'
     figures = [c for c in cells if any('image/png' in o.get('data', {}) for o in c.get('outputs', []))]
     assert not [c['id'] for c in figures if 'fig-alt:' not in ''.join(c['source'])], 'alt text on every figure'
+    for line in re.findall(r'^#\|(.*:.*)$', '\n'.join(''.join(c['source']) for c in cells if c['cell_type']=='code'), re.M):
+        assert isinstance(yaml.safe_load(line), dict), 'what Quarto reads is YAML'
 
 def test_tests_named_in_the_readme_exist():
     named = re.findall(r'`(tests/\w+\.py)(?:::(\w+))?`', (root/'README.md').read_text())
