@@ -90,7 +90,7 @@ def learner(key, wikitext=None):
     toks,_ = tokens(corpus, words, wikitext)
     set_seed(int(seed), reproducible=True)
     dls = lm_dataloaders(*toks, tok=tok_of(corpus), min_freq=2, max_vocab=2000, bs=16, seq_len=35, device='cpu')
-    return awd_lstm_learner(dls, {**model, **config}, **kwargs)
+    return awd_lstm_learner(dls, {**model, **config}, keep_logits=True, **kwargs)
 
 def train(key, wikitext=None, cbs=()):
     "The trained learner of a run, and the seconds that its training took"

@@ -7,6 +7,7 @@ Modules:
 - `fastai_embdrop.corpus`: Text to train on, read and tokenized in memory
 - `fastai_embdrop.dropout`: Drop whole words from an embedding: one draw per vocabulary row, shared by the whole batch
 - `fastai_embdrop.embeddings`: Whole-row dropout for the embeddings of a model that exists already, in place
+- `fastai_embdrop.loss`: A language model's training step that never holds its logits
 - `fastai_embdrop.train`: `embdrop-train`: a language model on real text with annealed embedding dropout"""
 
 __version__ = "0.1.0"

@@ -1,5 +1,6 @@
 "What users meet, to be imported after `from fastai.text.all import *`: `AWD_LSTM` and its configurations are then this package's"
 from .dropout import EmbeddingDropout
+from .loss import without_logits
 from .awdlstm import AWD_LSTM, awd_lstm_clas_config, awd_lstm_learner, awd_lstm_lm, awd_lstm_lm_config
 from .anneal import (AnnealDropMult, AnnealEmbedP, DropoutScheduler, SchedCurriculum, SchedEarly, SchedLate, SchedPiecewise, drop_attrs,
                      find_dropouts)

@@ -10,7 +10,7 @@ Docs: https://fastai-embdrop.github.io/fastai_embdrop/awdlstm.html.md"""
 __all__ = ['awd_lstm_lm_config', 'awd_lstm_clas_config', 'RNNDropout', 'WeightDropout', 'AWD_LSTM', 'awd_lstm_lm_split',
            'awd_lstm_lm', 'awd_lstm_learner']
 
-# %% ../nbs/01_awdlstm.ipynb #5375c2cc
+# %% ../nbs/01_awdlstm.ipynb #9cbf9181
 import warnings
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from fastai.text.learner import language_model_learner
 from fastai.text.models import awdlstm as fastai_awdlstm
 from fastai.text.models.core import _model_meta, get_language_model, SequentialRNN
 from .dropout import EmbeddingDropout, check_p, dropout_mask
+from .loss import without_logits
 
 # %% ../nbs/01_awdlstm.ipynb #6b4e5096
 class RNNDropout(fastai_awdlstm.RNNDropout):
@@ -123,14 +124,19 @@ def awd_lstm_lm(
     "An untrained AWD-LSTM language model; a `ValueError` names a probability that `drop_mult` takes out of [0, 1]"
     return get_language_model(AWD_LSTM, vocab_sz, config=_lm_config(config, drop_mult), drop_mult=drop_mult)
 
-# %% ../nbs/01_awdlstm.ipynb #44f47031
+# %% ../nbs/01_awdlstm.ipynb #75523bb5
 @delegates(language_model_learner, but='arch,backwards,pretrained_fnames')
 def awd_lstm_learner(
     dls, # Language-model `DataLoaders`
     config:dict=None, # Entries that differ from `awd_lstm_lm_config`
     drop_mult:float=1., # Factor on every dropout probability of the configuration
     pretrained:bool=False, # Start from fastai's WikiText-103 weights? (downloads them)
+    loss_func=None, # Another loss than fastai's; it gets the logits
+    keep_logits:bool=False, # Hold the logits in training too? See `without_logits`
     **kwargs
 ): # An `LMLearner`
-    "fastai's `language_model_learner` with `AWD_LSTM`, untrained unless `pretrained`"
-    return language_model_learner(dls, AWD_LSTM, config=_lm_config(config, drop_mult), drop_mult=drop_mult, pretrained=pretrained, **kwargs)
+    "fastai's `language_model_learner` with `AWD_LSTM`, untrained unless `pretrained`, its training loss computed without logits"
+    learn = language_model_learner(dls, AWD_LSTM, config=_lm_config(config, drop_mult), drop_mult=drop_mult, pretrained=pretrained, **kwargs)
+    if loss_func is None: return learn if keep_logits else without_logits(learn)
+    learn.loss_func = loss_func
+    return learn

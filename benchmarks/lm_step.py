@@ -1,0 +1,85 @@
+"""A training step of fastai's default AWD-LSTM language model: fastai's learner against ours, with logits and without; before it decoder and loss alone, over chunk sizes.
+
+Each step is timed from the batch to the zeroed gradients, all callbacks included, in a process that trains one learner and nothing else; the processes of a round run one after another. `extra_mb` is the peak of the process's memory during the training steps above what it held before the first: gradients and Adam's state are in it, as both need them."""
+import json, subprocess, sys, time
+from statistics import median
+import torch
+from torch import nn
+from torch.nn import functional as F
+from fastai.text.all import AWD_LSTM, Callback, DataLoader, DataLoaders, Path, language_model_learner
+from fastai_embdrop.awdlstm import awd_lstm_learner
+from benchmarks.common import arguments, interleave, report, sync
+
+kinds = {'fastai':lambda dls: language_model_learner(dls, AWD_LSTM, pretrained=False), 'with logits':lambda dls: awd_lstm_learner(dls, keep_logits=True),
+         'ours':awd_lstm_learner}
+
+class Memory:
+    "High-water mark of this process or of the card, MB"
+    def __init__(self, device): self.cuda = device.startswith('cuda')
+    def reset(self): torch.cuda.reset_peak_memory_stats() if self.cuda else Path('/proc/self/clear_refs').write_text('5')
+    def _status(self, key): return next(int(l.split()[1]) for l in Path('/proc/self/status').read_text().splitlines() if l.startswith(key))/1024
+    def now(self): return torch.cuda.memory_allocated()/2**20 if self.cuda else self._status('VmRSS')
+    def peak(self): return torch.cuda.max_memory_allocated()/2**20 if self.cuda else self._status('VmHWM')
+
+class Watch(Callback):
+    "Seconds of each training step, and the peak of memory over them"
+    run_valid = False
+    def __init__(self, device): self.device,self.memory,self.secs,self.peak = device,Memory(device),[],0.
+    def before_fit(self): self.base = self.memory.now()
+    def before_batch(self):
+        sync(self.device)
+        self.memory.reset()
+        self.began = time.perf_counter()
+    def after_batch(self):
+        sync(self.device)
+        self.secs.append(time.perf_counter()-self.began)
+        self.peak = max(self.peak, self.memory.peak()-self.base)
+
+def loaders(V, bs, seq_len, n, device):
+    "`n` batches of random ids"
+    items = [tuple(torch.randint(V, (2, bs, seq_len))) for _ in range(n)]
+    dls = DataLoaders(*(DataLoader(range(k), bs=None, create_item=items.__getitem__, num_workers=0) for k in (n,1)), device=device)
+    dls.vocab = [f'w{i}' for i in range(V)]
+    return dls
+
+def one_process(kind, V, bs, seq_len, steps, device):
+    "Train `kind` for a warm-up step and `steps` more, in bf16 on a card; print median seconds and peak MB"
+    learn,watch = kinds[kind](loaders(V, bs, seq_len, steps+1, device)),Watch(device)
+    if device.startswith('cuda'): learn.to_bf16()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=watch)
+    print(json.dumps([median(watch.secs[1:]), watch.peak]))
+
+def step_rows(V, args):
+    "One row for each kind: medians over the rounds"
+    res = {k:[] for k in kinds}
+    for _ in range(args.rounds):
+        for k in kinds:
+            cmd = [sys.executable, '-W', 'ignore', '-m', 'benchmarks.lm_step', '--one', f'{k},{V},{args.bs},{args.seq_len},{args.steps}', '--device', args.device]
+            res[k].append(json.loads(subprocess.run(cmd, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]))
+    s,mb = ({k:median(o[i] for o in v) for k,v in res.items()} for i in (0,1))
+    return [dict(V=V, tokens=args.bs*args.seq_len, learner=k, step_s=f'{s[k]:.3f}', time_over_fastai=f"{s[k]/s['fastai']:.2f}",
+                 slowest_s=f'{max(o[0] for o in res[k]):.3f}', extra_mb=f'{mb[k]:.0f}', memory_over_fastai=f"{mb[k]/mb['fastai']:.2f}") for k in kinds]
+
+def loss_rows(V, args, D=400):
+    "Decoder and loss alone, forward and backward: one row for each number of rows at a time, 0 for all in two steps as fastai does"
+    if not hasattr(F, 'linear_cross_entropy'): return []
+    dtype = torch.bfloat16 if args.device.startswith('cuda') else torch.float32
+    n,make = args.bs*args.seq_len,dict(device=args.device, dtype=dtype, requires_grad=True)
+    x,w,b,y = torch.randn(n, D, **make),torch.randn(V, D, **make),torch.zeros(V, **make),torch.randint(V, (n,), device=args.device)
+    options = {'logits':None, 'auto':nn.LinearCrossEntropyOptions(), **{c:nn.LinearCrossEntropyOptions(batch_chunk_size=c) for c in (128,256,512,1024,2048)}}
+    def step(o):
+        x.grad = w.grad = b.grad = None
+        F.linear_cross_entropy(x, w, y, linear_bias=b, options=o).backward()
+    ms = interleave({k:lambda o=o: step(o) for k,o in options.items()}, args.runs, args.device, warmup=1)
+    return [dict(V=V, tokens=n, chunk=k, ms=f'{ms[k]:.0f}', over_logits=f"{ms[k]/ms['logits']:.2f}") for k in options]
+
+def main():
+    args = arguments(__doc__.splitlines()[0], rounds=3, steps=4, runs=5, bs=64, seq_len=72, sizes='33000,60000', one='')
+    if args.one:
+        kind,*sizes = args.one.split(',')
+        return one_process(kind, *map(int, sizes), args.device)
+    sizes = [int(o) for o in args.sizes.split(',')]
+    if rows := [r for V in sizes for r in loss_rows(V, args)]: report('lm_loss', rows, args.device)
+    report('lm_step', [r for V in sizes for r in step_rows(V, args)], args.device)
+
+if __name__=='__main__': main()
