@@ -4,6 +4,7 @@ Modules:
 
 - `fastai_embdrop.anneal`: A Learner callback that moves `embed_p`, or any dropout probability, while a model trains
 - `fastai_embdrop.awdlstm`: fastai's language model with its dropout defects mended, under the same names and with the same weights
+- `fastai_embdrop.checkpoint`: A fit that is killed at any point goes on where it was, to the same bits
 - `fastai_embdrop.corpus`: Text to train on, read and tokenized in memory
 - `fastai_embdrop.dropout`: Drop whole words from an embedding: one draw per vocabulary row, shared by the whole batch
 - `fastai_embdrop.embeddings`: Whole-row dropout for the embeddings of a model that exists already, in place
