@@ -8,10 +8,11 @@ Docs: https://fastai-embdrop.github.io/fastai_embdrop/train.html.md"""
 
 # %% auto #0
 __all__ = ['run_files', 'Settings', 'check_settings', 'to_ini', 'read_ini', 'parse_args', 'find_device', 'check_out',
-           'run_learner', 'prepare_run', 'save_run', 'train_lm', 'load_run', 'main']
+           'run_learner', 'prepare_run', 'save_run', 'check_same', 'fit_run', 'finished_run', 'train_lm', 'load_run',
+           'main']
 
-# %% ../nbs/04_train.ipynb #46f147da
-import argparse,configparser,json,math,platform,re,sys,tempfile,time
+# %% ../nbs/04_train.ipynb #c097997a
+import argparse,configparser,json,math,multiprocessing,platform,re,sys,tempfile,time,warnings
 import fastai,fastcore
 import matplotlib.pyplot as plt
 from dataclasses import asdict,dataclass,fields
@@ -23,10 +24,11 @@ from fastprogress.fastprogress import format_time
 from . import __version__
 from .anneal import AnnealEmbedP
 from .awdlstm import awd_lstm_learner
+from .checkpoint import CSVHistory,Checkpoint,checkpoint_files,handling,last_checkpoint,only_process,write_atomic
 from .corpus import fingerprint,lm_dataloaders,read_corpus,read_text,tokenize
 from .dropout import check_p
 
-# %% ../nbs/04_train.ipynb #5d7d7364
+# %% ../nbs/04_train.ipynb #2514c567
 @dataclass
 class Settings:
     "The settings of a run; a `ValueError` names one that is not of its type or out of its range"
@@ -50,13 +52,14 @@ class Settings:
     seed:int=42 # Seed of weights, masks and order; the held-out text does not depend on it
     device:str='auto' # Device: `auto` (a GPU if there is one), cpu, cuda, cuda:1 ...
     precision:str='fp32' # Number format of the training; fp16 and bf16 are mixed precision and need CUDA
+    save_every:int=0 # Batches from one checkpoint to the next (0: one at the end of each epoch's training, which there always is)
 
     def __post_init__(self): check_settings(self)
 
-# %% ../nbs/04_train.ipynb #73efb166
+# %% ../nbs/04_train.ipynb #efe4b656
 _scheds  = dict(cos=SchedCos, lin=SchedLin, exp=SchedExp, poly=partial(SchedPoly, power=2), const=SchedNo)
 _choices = dict(sched=list(_scheds), tok=['spacy','split'], precision=['fp32','fp16','bf16'])
-_least   = dict(epochs=1, bs=1, seq_len=1, emb_sz=1, n_hid=1, n_layers=1, drop_mult=0, max_vocab=16, min_freq=1, max_words=0, seed=0)
+_least   = dict(epochs=1, bs=1, seq_len=1, emb_sz=1, n_hid=1, n_layers=1, drop_mult=0, max_vocab=16, min_freq=1, max_words=0, seed=0, save_every=0)
 
 def _typed(f, v):
     if v=='': raise ValueError(f'{f.name} is empty')
@@ -94,13 +97,13 @@ def read_ini(
     if bad := sorted(set(cp['train']) - set(asdict(Settings()))): raise ValueError(f"{path}: unknown key {', '.join(bad)}")
     return dict(cp['train'])
 
-# %% ../nbs/04_train.ipynb #8da8a57d
+# %% ../nbs/04_train.ipynb #cc3c50dd
 class _Parser(argparse.ArgumentParser):
     def error(self, message): raise ValueError(message)
 
 def parse_args(
     argv:list=None # Arguments (None: those of the command)
-)->tuple: # `Settings`, show, overwrite
+)->tuple: # `Settings`, show, overwrite, resume
     "Flags over the file over the defaults"
     p,docs = _Parser('embdrop-train', description='Train a language model with annealed embedding dropout.', allow_abbrev=False),docments(Settings)
     p.add_argument('ini', nargs='?', help='file of settings, section [train]; flags win over it')
@@ -108,10 +111,12 @@ def parse_args(
         p.add_argument(f'--{f.name}', default=argparse.SUPPRESS, choices=_choices.get(f.name), help=f'{docs[f.name]} (default: {f.default})',
                        metavar=None if f.name in _choices else f.type.__name__.upper())
     p.add_argument('--show', action='store_true', help='Print the settings in force and stop')
-    p.add_argument('--overwrite', action='store_true', help='Replace the run that `out` holds')
+    g = p.add_mutually_exclusive_group()
+    g.add_argument('--overwrite', action='store_true', help='Replace the run that `out` holds')
+    g.add_argument('--resume', action='store_true', help='Go on with the run that `out` holds, or begin it')
     flags = vars(p.parse_args(argv))
-    ini,show,overwrite = map(flags.pop, ('ini','show','overwrite'))
-    return Settings(**{**(read_ini(ini) if ini else {}), **flags}),show,overwrite
+    ini,*modes = map(flags.pop, ('ini','show','overwrite','resume'))
+    return Settings(**{**(read_ini(ini) if ini else {}), **flags}),*modes
 
 # %% ../nbs/04_train.ipynb #49b92e5a
 def find_device(
@@ -126,22 +131,25 @@ def find_device(
     if precision!='fp32' and d.type!='cuda': raise ValueError(f'precision={precision}: needs a CUDA device, not {d}')
     return d
 
-# %% ../nbs/04_train.ipynb #125959cf
+# %% ../nbs/04_train.ipynb #3d587bf6
 run_files = 'config.json','history.csv','losses.png','model.pth','sample.txt','schedule.png','vocab.json'
 
 def check_out(
     out, # Folder for a run
-    overwrite:bool=False # May it hold one already?
+    overwrite:bool=False, # May it hold one already?
+    resume:bool=False # May it hold one that can go on?
 )->Path: # `out`
     "An `OSError` if `out` holds a run or cannot be written to"
     out = Path(out)
-    if not overwrite and any((out/f).exists() for f in run_files): raise FileExistsError(f'{out}: holds a run; --overwrite replaces it')
+    begun = any((out/f).exists() for f in checkpoint_files)
+    if not (overwrite or resume and begun) and (begun or any((out/f).exists() for f in run_files)):
+        raise FileExistsError(f"{out}: holds {'an unfinished run; --resume goes on with it,' if begun else 'a run;'} --overwrite replaces it")
     near = next(o for o in (out, *out.absolute().parents) if o.exists())
     try: tempfile.TemporaryFile(dir=near).close()
     except OSError as e: raise OSError(f'{out}: cannot be written to ({e.strerror})') from None
     return out
 
-# %% ../nbs/04_train.ipynb #fb090461
+# %% ../nbs/04_train.ipynb #068ab676
 def run_learner(
     dls:DataLoaders, # Language-model loaders
     s:Settings # Settings of the run
@@ -161,11 +169,11 @@ def prepare_run(
     learn = run_learner(dls, s)
     return learn,dict(
         settings=asdict(s), device=str(device), threads=torch.get_num_threads(), fingerprint=fingerprint(corpus),
-        versions={o.__name__: o.__version__ for o in (torch,fastai,fastcore)} | dict(fastai_embdrop=__version__, python=platform.python_version()),
+        versions={o.__name__: str(o.__version__) for o in (torch,fastai,fastcore)} | dict(fastai_embdrop=__version__, python=platform.python_version()),
         tokens={k: sum(map(len, o)) for k,o in zip(corpus._fields, toks)}, vocab_sz=len(dls.vocab),
         params=sum(p.numel() for p in learn.model.parameters()), prompt=' '.join(corpus.valid[0].split()[:8]))
 
-# %% ../nbs/04_train.ipynb #2a9dcd85
+# %% ../nbs/04_train.ipynb #8c06603f
 def _save_plot(plot, path):
     plot()
     for ax in plt.gcf().axes: ax.set_xlabel('batch') if ax.lines else ax.remove()
@@ -185,28 +193,74 @@ def save_run(
     _save_plot(partial(rec.plot_loss, skip_start=0), out/'losses.png')
     if config['tokens']['test']: res['test_loss'],res['test_perplexity'] = learn.validate(2)
     for f,o in dict(vocab=list(learn.dls.vocab), config=config).items(): (out/f'{f}.json').write_text(json.dumps(o, indent=1)+'\n')
-    torch.save(learn.model.state_dict(), out/'model.pth')
+    write_atomic(out/'model.pth', partial(torch.save, learn.model.state_dict()))
     # fastai's decoder repeats every token after the first `xxrep`: leave the marks of repetition out
     decoder = lambda toks: decode_spec_tokens([o for o in toks if o not in (TK_REP,TK_WREP)])
     text = learn.predict(config['prompt'], n_words=60, temperature=.75, decoder=decoder, no_bar=True)
     (out/'sample.txt').write_text(f"{config['prompt']}\n\n{text}\n", encoding='utf-8')
 
-# %% ../nbs/04_train.ipynb #544b0601
+# %% ../nbs/04_train.ipynb #f8185df0
+def _same(c):  return {k:v for k,v in c['settings'].items() if k not in ('data','out','device','save_every')} | dict(device=c['device'], text=c['fingerprint'][:8])
+def _alike(c): return c['versions'] | dict(threads=c['threads'])
+def _diff(a, b): return ', '.join(f'{k}: {a[k]} -> {b[k]}' for k in b if k in a and a[k]!=b[k])
+
+def check_same(
+    old:dict, # As from `prepare_run`, when the run was begun
+    new:dict # The same now
+):
+    "A `ValueError` that shows what differs if it changes the result; a warning if it may"
+    if d := _diff(_same(old), _same(new)): raise ValueError(f'a run is resumed with the settings it was begun with, not {d}')
+    if d := _diff(_alike(old), _alike(new)): warnings.warn(f'the result may differ from that of a run without a break: {d}')
+
+# %% ../nbs/04_train.ipynb #63db185a
+def fit_run(
+    learn:LMLearner, # As from `prepare_run`
+    s:Settings, # Settings of the run
+    out:Path, # Folder
+    config:dict, # As from `prepare_run`
+    resume:bool # Go on from the last checkpoint, if there is one?
+):
+    "Train, and write checkpoints and `history.csv`"
+    state = last_checkpoint(out) if resume else None
+    if state: check_same(state['info'], config)
+    else:
+        for f in (*checkpoint_files, *run_files): (out/f).unlink(missing_ok=True)
+    getattr(learn, f'to_{s.precision}')()
+    ckpt = Checkpoint(out, s.save_every, state, config)
+    with ckpt.signals(): learn.fit_one_cycle(s.epochs, s.lr, cbs=[AnnealEmbedP(s.start, s.end, _scheds[s.sched]), CSVHistory(), ckpt])
+    learn.to_fp32()
+    if not math.isfinite(learn.recorder.values[-1][1]): raise ValueError(f"lr={s.lr}: the loss is not finite any more, see {out/'history.csv'}")
+
+# %% ../nbs/04_train.ipynb #408d7998
+def finished_run(
+    s:Settings, # Settings of the run
+    device # Where to put the model
+): # The `LMLearner` of the run in `s.out`; None if it lacks a file or has a checkpoint
+    "A run that is done, for which there is nothing to resume; a `ValueError` if `s` is not what it was begun with"
+    out = Path(s.out)
+    if any((out/f).exists() for f in checkpoint_files) or not all((out/f).exists() for f in run_files): return
+    with only_process(out): learn,old = load_run(out, str(device)),json.loads(read_text(out/'config.json'))
+    check_same(old, {**old, 'settings':asdict(s), 'device':str(device)})
+    print(f'{out}: this run is finished')
+    return learn
+
+# %% ../nbs/04_train.ipynb #2feb42e1
 def train_lm(
     s:Settings, # Settings of the run
-    overwrite:bool=False # Replace the run that `s.out` holds?
+    overwrite:bool=False, # Replace the run that `s.out` holds?
+    resume:bool=False # Go on with it, if it was begun?
 )->LMLearner: # Trained
     "Train, write the run to `s.out` and print what came of it; bad input raises before anything is written"
-    device,out,t = find_device(s.device, s.precision),check_out(s.out, overwrite),time.time()
+    device = find_device(s.device, s.precision)
+    if resume and (done := finished_run(s, device)): return done
+    out,t = check_out(s.out, overwrite, resume),time.time()
     learn,config = prepare_run(s, device)
     print('{tokens[train]:,} training and {tokens[valid]:,} held-out tokens, {vocab_sz:,} words, {params:,} parameters, on {device}'.format(**config))
     out.mkdir(parents=True, exist_ok=True)
-    for f in run_files: (out/f).unlink(missing_ok=True)
-    getattr(learn, f'to_{s.precision}')()
-    learn.fit_one_cycle(s.epochs, s.lr, cbs=[AnnealEmbedP(s.start, s.end, _scheds[s.sched]), CSVLogger()])
-    learn.to_fp32()
-    if not math.isfinite(learn.recorder.values[-1][1]): raise ValueError(f"lr={s.lr}: the loss is not finite any more, see {out/'history.csv'}")
-    save_run(learn, out, config)
+    with only_process(out):
+        fit_run(learn, s, out, config, resume)
+        save_run(learn, out, config)
+        for f in checkpoint_files: (out/f).unlink(missing_ok=True)
     print(*(f'{k} {v:.4g}' for k,v in config['results'].items()), f'time {format_time(time.time()-t)}', sep=', ')
     print(*(out/f for f in run_files), sep='\n')
     return learn
@@ -226,16 +280,23 @@ def load_run(
     learn.model.to(device).load_state_dict(wgts)
     return learn
 
-# %% ../nbs/04_train.ipynb #73d1e996
+# %% ../nbs/04_train.ipynb #e86a182c
+def _end(n, frame):
+    "A signal handler: exit with the shell's status for signal `n`, and leave no worker behind"
+    for p in multiprocessing.active_children(): p.kill()
+    raise SystemExit(128+n)
+
 def main(
     argv:list=None # Arguments (None: those of the command)
 ): # Exit status
-    "`embdrop-train`: status 2, and one line on stderr, for bad input"
-    try:
-        s,show,overwrite = parse_args(argv)
-        if show: print(to_ini(s), end='')
-        else: train_lm(s, overwrite)
-    except (OSError,ValueError) as e:
-        msg = re.sub(r'(?s)^Exception occured in .*?:\n\t', '', str(e)) # fastai's frame around the error of a callback
-        print('embdrop-train:', *msg.split(), file=sys.stderr)
-        return 2
+    "`embdrop-train`: status 2, and one line on stderr, for bad input; 130 after SIGINT, 143 after SIGTERM"
+    say = lambda msg, *_, **__: print('embdrop-train:', *str(msg).split(), file=sys.stderr)
+    with handling(_end), warnings.catch_warnings():
+        warnings.showwarning = say
+        try:
+            s,show,overwrite,resume = parse_args(argv)
+            if show: print(to_ini(s), end='')
+            else: train_lm(s, overwrite, resume)
+        except (OSError,ValueError) as e:
+            say(re.sub(r'(?s)^Exception occured in .*?:\n\t', '', str(e))) # fastai's frame around the error of a callback
+            return 2
