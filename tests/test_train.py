@@ -39,18 +39,18 @@ shipped = Settings(max_words=120_000)
 
 def test_shipped_settings_are_the_defaults_on_fewer_words():
     assert (root/"settings.ini").read_text()==to_ini(shipped)
-    assert parse_args([str(root/"settings.ini")])==(shipped, False, False) and parse_args([])==(Settings(), False, False)
+    assert parse_args([str(root/"settings.ini")])==(shipped, False, False, False) and parse_args([])==(Settings(), False, False, False)
 
 def test_the_keys():
-    keys = 'data out epochs bs seq_len lr emb_sz n_hid n_layers drop_mult start end sched tok max_vocab min_freq max_words seed device precision'
+    keys = 'data out epochs bs seq_len lr emb_sz n_hid n_layers drop_mult start end sched tok max_vocab min_freq max_words seed device precision save_every'
     assert list(read_ini(root/'settings.ini'))==keys.split()
     assert (Settings().data, Settings().out)==('docstrings','run')
 
 def test_flag_over_file_over_default(tmp_path):
     (tmp_path/'s.ini').write_text('\ufeff[train]\nepochs = 2\nlr = 1e-3\ndata = 50%%/$x\n', encoding='utf-8')
-    s,show,overwrite = parse_args(['--epochs', '7', str(tmp_path/'s.ini'), '--overwrite'])
+    s,show,overwrite,resume = parse_args(['--epochs', '7', str(tmp_path/'s.ini'), '--overwrite'])
     assert (s.epochs, s.lr, s.bs, s.data)==(7, 1e-3, Settings().bs, '50%%/$x')
-    assert (show,overwrite)==(False,True)
+    assert (show,overwrite,resume)==(False,True,False)
 
 def test_show_prints_the_settings_in_force(tmp_path, capsys):
     assert main(['--epochs', '9', '--show', '--out', str(tmp_path/'run')]) is None

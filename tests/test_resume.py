@@ -1,0 +1,372 @@
+"""Pins that a fit which was broken off ends as one that was not, to the bit: at every batch, killed at any time, with torn files, full disks and signals.
+
+EMBDROP_KILLS (5) is how often `test_killed_at_any_time` kills."""
+import json, multiprocessing, os, pickle, random, shutil, signal, subprocess, sys, threading, time
+from io import BytesIO
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch
+from torch import nn
+from fastai.basics import Callback, DataLoader, DataLoaders, L, Learner, OptimWrapper, defaults, mse, set_seed
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.schedule import lr_find
+from fastai.callback.tracker import EarlyStoppingCallback
+from fastai_embdrop.anneal import AnnealEmbedP, DropoutScheduler
+from fastai_embdrop.awdlstm import awd_lstm_learner
+from fastai_embdrop.checkpoint import (CSVHistory, Checkpoint, checkpoint_files, fit_state, last_checkpoint, only_process, plain,
+                                       read_checkpoint, write_atomic)
+from fastai_embdrop.corpus import lm_dataloaders
+from fastai_embdrop.train import main, run_files
+from conftest import SMALL, random_tokens, small_dls
+from test_train import TINY, fails, flags, text
+
+KILLS = int(os.environ.get('EMBDROP_KILLS', 5))
+new,prev = checkpoint_files
+
+# In a fit: every batch
+
+class Keep(Checkpoint):
+    "Keeps each checkpoint in memory"
+    def before_fit(self): super().before_fit(); self.kept = []
+    def save(self):
+        torch.save(fit_state(self.learn, self.start, self.info), f := BytesIO())
+        self.kept.append(f.getvalue())
+
+def lm():
+    learn = awd_lstm_learner(small_dls(200), SMALL)
+    return lambda cbs: learn.fit_one_cycle(2, 1e-2, cbs=[*cbs, AnnealEmbedP(.5, .05)]), learn
+
+def documents():
+    docs = [random_tokens(9, i) for i in range(12)]
+    learn = awd_lstm_learner(lm_dataloaders(docs, docs[:4], tok='split', min_freq=1, bs=4, seq_len=8, device='cpu'), {**SMALL, 'per':'sequence'})
+    return lambda cbs: learn.fit(3, 1e-2, cbs=[*cbs, AnnealEmbedP(.5, .05), CSVHistory()]), learn
+
+class Noise(nn.Module):
+    "Draws from all three generators"
+    def forward(self, x): return x*np.random.rand()*random.random()*torch.rand(1)
+
+class Scaled(MixedPrecision):
+    "fastai's gradient scaler, on a CPU and in float32"
+    def before_fit(self): self.autocast,self.learn.scaler,self.scales = torch.autocast('cpu', enabled=False),torch.amp.GradScaler('cpu', growth_interval=3),L()
+
+def regression():
+    ds = [(torch.full((3,), float(i)), torch.tensor([i/7.])) for i in range(20)]
+    dls = DataLoaders(DataLoader(ds, bs=4, shuffle=True), DataLoader(ds, bs=4), device='cpu')
+    model = nn.Sequential(nn.Linear(3,4), nn.BatchNorm1d(4), nn.Dropout(.5), Noise(), nn.Linear(4,1))
+    learn = Learner(dls, model, mse, opt_func=lambda ps, **kw: OptimWrapper(ps, torch.optim.AdamW, **kw), cbs=Callback(after_batch=lambda self: seen(self)))
+    learn.seen = []
+    def seen(cb): cb.learn.seen.append(cb.learn.scaler.get_scale())
+    cbs = [DropoutScheduler({'2.p':lambda pct: .5*pct}, epochs=6), EarlyStoppingCallback(patience=5), Scaled()]
+    return lambda o: learn.fit_flat_cos(3, 1e-2, cbs=[*o, *cbs]), learn
+
+def run_fit(make, state=None):
+    "Checkpoints of a fit, and all that came of it"
+    set_seed(1, reproducible=True)
+    fit,learn = make()
+    fit([keep := Keep('.', 1, state)])
+    res = {k:getattr(learn.recorder, k, None) for k in ('losses','lrs','iters','values','hps')}
+    return keep.kept,plain(res | dict(
+        model=dict(learn.model.state_dict()), opt=learn.opt.state_dict(), pct=learn.pct_train, n=learn.train_iter, scale=getattr(learn, 'seen', [0])[-1],
+        draws=[random.random(), np.random.rand(), torch.rand(1)]))
+
+def assert_same(a, b): torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+@pytest.mark.parametrize('make', [lm, documents, regression])
+def test_resumed_at_every_batch(make, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kept,whole = run_fit(make)
+    assert len(kept)==whole['n'] > 10
+    for i,k in enumerate(kept, 1):
+        rest,res = run_fit(make, torch.load(BytesIO(k), weights_only=True))
+        assert_same(whole, res)
+        assert len(rest)==len(kept)-i
+
+def test_another_fit_is_refused(tmp_path):
+    run_fit_in = lambda fit, cbs, **kw: fit([Checkpoint(tmp_path, **kw), *cbs])
+    fit,learn = lm()
+    fit([Checkpoint(tmp_path)])
+    state = last_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match='callback .* csv_history'): lm()[0]([Checkpoint(tmp_path, state=state), CSVHistory()])
+    with pytest.raises(ValueError, match='of 2 epochs of .* batches, the fit of 3'): lm()[1].fit(3, cbs=Checkpoint(tmp_path, state=state))
+
+def test_lr_find_writes_no_checkpoint(tmp_path):
+    learn = awd_lstm_learner(small_dls(), SMALL, path=tmp_path, cbs=Checkpoint(tmp_path/'run', every=1))
+    learn.lr_find(num_it=6, show_plot=False)
+    assert not (tmp_path/'run').exists() or not os.listdir(tmp_path/'run')
+
+# A run
+
+def same_run(a, b):
+    "Do two finished runs differ in nothing but `out`, `save_every` and the time they took?"
+    assert sorted(os.listdir(a))==sorted(os.listdir(b))==sorted(run_files)
+    for f in 'model.pth','vocab.json','sample.txt','losses.png','schedule.png': assert (a/f).read_bytes()==(b/f).read_bytes(), f
+    hists = [pd.read_csv(o/'history.csv').drop(columns='time') for o in (a,b)]
+    assert hists[0].equals(hists[1]) and len(hists[0])==TINY['epochs']
+    cfgs = [json.loads((o/'config.json').read_text()) for o in (a,b)]
+    for c in cfgs: c['settings'] = {k:v for k,v in c['settings'].items() if k not in ('out','save_every')}
+    assert cfgs[0]==cfgs[1]
+
+@pytest.fixture(scope='module')
+def whole(text, tmp_path_factory):
+    "A run that nothing happened to"
+    out = tmp_path_factory.mktemp('whole')/'run'
+    assert main(flags(data=text, out=out)) is None
+    return out
+
+class Hook(Callback):
+    "Calls `at` with itself after each batch, in training and validation"
+    at = None
+    def after_batch(self):
+        if Hook.at: Hook.at(self)
+
+@pytest.fixture
+def hook(monkeypatch):
+    "Set what `Hook` does in each run to come"
+    monkeypatch.setattr(defaults, 'callbacks', [*defaults.callbacks, Hook])
+    yield lambda f: monkeypatch.setattr(Hook, 'at', f)
+
+def at_batch(n, f, training=True):
+    "For `hook`: do `f` after training batch `n`, or in the validation after it"
+    return lambda cb: f() if cb.training==training and cb.train_iter==n else None
+
+def raises(e):
+    def f(*_, **__): raise e
+    return f
+
+@pytest.fixture
+def args(text, tmp_path): return flags(data=text, out=tmp_path/'run', save_every=4)
+
+@pytest.fixture
+def broken(args, hook):
+    "A run that broke off after batch 15: checkpoints after 12 and 8"
+    hook(at_batch(15, raises(RuntimeError('broken'))))
+    with pytest.raises(RuntimeError, match='broken'): main(args)
+    hook(None)
+    return Path(args[args.index('--out')+1])
+
+def test_resume_begins_a_run(whole, args, tmp_path):
+    assert main([*args, '--resume']) is None
+    same_run(whole, tmp_path/'run')
+
+def test_resume_goes_on(whole, args, broken):
+    assert sorted(os.listdir(broken))==sorted(checkpoint_files)
+    assert [read_checkpoint(broken/f)['train_iter'] for f in checkpoint_files]==[12,8]
+    assert main([*args, '--resume', '--save_every', '7']) is None
+    same_run(whole, broken)
+
+def test_a_begun_run_is_not_overwritten_unasked(capsys, whole, args, broken):
+    assert 'holds an unfinished run; --resume goes on with it, --overwrite replaces it' in fails(capsys, *args)
+    assert 'not allowed with' in fails(capsys, *args, '--overwrite', '--resume')
+    assert main([*args, '--overwrite']) is None
+    same_run(whole, broken)
+
+@pytest.mark.parametrize('where', ['fastai_embdrop.train.save_run', 'fastai_embdrop.train._save_plot', 'fastai.text.all.LMLearner.predict'])
+def test_broken_while_the_files_are_written(whole, args, tmp_path, monkeypatch, where):
+    with monkeypatch.context() as m:
+        m.setattr(where, raises(RuntimeError('broken')))
+        with pytest.raises(RuntimeError, match='broken'): main(args)
+    assert main([*args, '--resume']) is None
+    same_run(whole, tmp_path/'run')
+
+def test_a_finished_run_is_left_alone(capsys, whole, text, tmp_path):
+    shutil.copytree(whole, out := tmp_path/'run')
+    (out/'lock').write_text('12345')
+    def stamps(): return {f:(out/f).stat().st_mtime_ns for f in run_files}
+    before,args = stamps(),[*flags(data=text, out=out), '--resume']
+    capsys.readouterr()
+    assert main(args) is None and capsys.readouterr().out==f'{out}: this run is finished\n'
+    assert 'not epochs: 2 -> 3' in fails(capsys, *args, '--epochs', 3)
+    assert stamps()==before and not (out/'lock').exists()
+    assert 'holds a run; --overwrite' in fails(capsys, *args[:-1])
+
+@pytest.mark.parametrize('key,value,msg', [('lr',.02,'lr: 0.01 -> 0.02'), ('seed',1,'seed: 42 -> 1'), ('bs',8,'bs: 4 -> 8'), ('max_words',500,'text: ')])
+def test_changed_settings_are_refused(capsys, args, broken, key, value, msg):
+    old = (broken/new).read_bytes()
+    assert msg in fails(capsys, *args, '--resume', f'--{key}', value)
+    assert (broken/new).read_bytes()==old and sorted(os.listdir(broken))==sorted(checkpoint_files)
+
+def test_changed_text_is_refused_and_moved_text_is_not(capsys, args, broken, text, tmp_path, whole):
+    (tmp_path/'other.txt').write_text(text.read_text()+' w1')
+    (tmp_path/'moved.txt').write_text(text.read_text())
+    assert 'text: ' in fails(capsys, *args, '--resume', '--data', tmp_path/'other.txt')
+    assert main([*args, '--resume', '--data', str(tmp_path/'moved.txt')]) is None
+
+@pytest.mark.filterwarnings('default')
+def test_other_versions_warn(capsys, args, broken, monkeypatch):
+    monkeypatch.setattr('fastai_embdrop.train.__version__', '9.9')
+    main([*args, '--resume'])
+    err = capsys.readouterr().err
+    assert err.startswith('embdrop-train: the result may differ') and 'fastai_embdrop: 0.1.0 -> 9.9' in err and err.count('\n')==1
+
+# Files
+
+def as_bytes(o):
+    torch.save(o, f := BytesIO())
+    return f.getvalue()
+
+def test_cut_anywhere(broken, tmp_path):
+    small,large = as_bytes(dict(version=1, a=torch.arange(5))),(broken/new).read_bytes()
+    cuts = [small[:n] for n in range(len(small))] + [large[:n] for n in [*random.Random(0).sample(range(len(large)), 50), *range(len(large)-100, len(large))]]
+    for data in cuts:
+        (tmp_path/'cut').write_bytes(data)
+        with pytest.raises(ValueError, match='not a whole checkpoint'): read_checkpoint(tmp_path/'cut')
+
+def test_a_flipped_bit_is_recognized_or_harmless(tmp_path):
+    data,ok = bytearray(good := as_bytes(dict(version=1, a=torch.arange(5)))),0
+    for n in range(len(data)):
+        data[n] ^= 1
+        (tmp_path/'flip').write_bytes(data)
+        data[n] ^= 1
+        try: ok += as_bytes(read_checkpoint(tmp_path/'flip'))==good or pytest.fail(f'byte {n}')
+        except ValueError as e: assert str(e).startswith(f"{tmp_path/'flip'}: ") and '\n' not in str(e)
+    assert ok < len(data)
+
+@pytest.mark.filterwarnings('default')
+def test_a_torn_file_falls_back(capsys, whole, args, broken):
+    (broken/new).write_bytes((broken/new).read_bytes()[:5000])
+    assert main([*args, '--resume']) is None
+    err = capsys.readouterr().err
+    assert f'{new}: not a whole checkpoint (File is not a zip file); {prev} is taken' in err and err.count('\n')==1
+    same_run(whole, broken)
+
+@pytest.mark.filterwarnings('default')
+def test_two_torn_files_are_refused(capsys, args, broken):
+    for f in checkpoint_files: (broken/f).write_bytes(b'')
+    capsys.readouterr()
+    assert main([*args, '--resume'])==2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f'embdrop-train: {broken/prev}: not a whole checkpoint')
+    assert sorted(os.listdir(broken))==sorted(checkpoint_files)
+
+class Bomb:
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return os.mkdir, (str(self.path),)
+
+def test_no_code_in_a_checkpoint_runs(broken, tmp_path):
+    state = torch.load(broken/new, weights_only=True)
+    torch.save({**state, 'info':Bomb(tmp_path/'boom')}, broken/new)
+    with pytest.warns(UserWarning, match='is taken'): assert last_checkpoint(broken)['train_iter']==8
+    (broken/new).write_bytes(pickle.dumps(Bomb(tmp_path/'boom')))
+    with pytest.raises(ValueError): read_checkpoint(broken/new)
+    assert not (tmp_path/'boom').exists()
+
+def test_another_version_is_refused(tmp_path):
+    torch.save(dict(version=0), tmp_path/new)
+    with pytest.raises(ValueError, match='version 0 of a checkpoint, where 1 is read'): last_checkpoint(tmp_path)
+
+def full_disk(tmp): tmp.symlink_to('/dev/full')
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='needs /dev/full')
+@pytest.mark.parametrize('block,msg', [(full_disk,'No space left on device'), (Path.mkdir,'Is a directory')])
+def test_no_more_can_be_written(capsys, whole, args, hook, tmp_path, block, msg):
+    out = tmp_path/'run'
+    hook(at_batch(10, lambda: block(out/f'{new}.tmp')))
+    assert fails(capsys, *args)==f'embdrop-train: {out/new}: cannot be written ({msg})\n'
+    assert last_checkpoint(out)['train_iter']==8
+    hook(None)
+    if (out/f'{new}.tmp').exists(): (out/f'{new}.tmp').rmdir()
+    assert main([*args, '--resume']) is None
+    same_run(whole, out)
+
+def test_disk_full_at_the_end(capsys, whole, args, tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr('fastai_embdrop.train.write_atomic', lambda path, write: write_atomic(path, raises(OSError(28, 'No space left on device'))))
+        assert fails(capsys, *args).endswith('model.pth: cannot be written (No space left on device)\n')
+    assert main([*args, '--resume']) is None
+    same_run(whole, tmp_path/'run')
+
+# Signals
+
+signals = pytest.mark.parametrize('sig,code', [(signal.SIGINT,130), (signal.SIGTERM,143)])
+
+@signals
+@pytest.mark.parametrize('training,n,last', [(True,15,15), (False,26,26)])
+def test_a_signal_ends_the_run_at_a_checkpoint(whole, args, hook, tmp_path, sig, code, training, n, last):
+    hook(at_batch(n, lambda: signal.raise_signal(sig), training))
+    with pytest.raises(SystemExit) as e: main(args)
+    assert e.value.code==code and last_checkpoint(tmp_path/'run')['train_iter']==last
+    hook(None)
+    assert main([*args, '--resume']) is None
+    same_run(whole, tmp_path/'run')
+
+def test_a_second_signal_does_not_wait(args, hook, tmp_path):
+    hook(at_batch(15, lambda: (signal.raise_signal(signal.SIGINT), signal.raise_signal(signal.SIGTERM))))
+    with pytest.raises(SystemExit): main(args)
+    assert last_checkpoint(tmp_path/'run')['train_iter']==12
+
+@signals
+@pytest.mark.parametrize('where,begun', [('tokenize',False), ('save_run',True)])
+def test_a_signal_outside_of_the_fit_ends_at_once(args, tmp_path, monkeypatch, sig, code, where, begun):
+    monkeypatch.setattr(f'fastai_embdrop.train.{where}', lambda *_: signal.raise_signal(sig))
+    with pytest.raises(SystemExit) as e: main(args)
+    assert e.value.code==code and (tmp_path/'run').exists()==begun
+
+def test_handlers_are_given_back(args):
+    before = [signal.getsignal(s) for s in (signal.SIGINT,signal.SIGTERM)]
+    main(args)
+    assert [signal.getsignal(s) for s in (signal.SIGINT,signal.SIGTERM)]==before
+
+def test_without_the_command_ctrl_c_is_a_keyboard_interrupt(tmp_path):
+    ckpt = Checkpoint(tmp_path, every=100)
+    with pytest.raises(KeyboardInterrupt), ckpt.signals():
+        lm()[1].fit(2, cbs=[ckpt, Callback(after_batch=lambda cb: signal.raise_signal(signal.SIGINT) if cb.train_iter==3 else None)])
+    assert last_checkpoint(tmp_path)['train_iter']==3
+
+def test_runs_outside_of_the_main_thread(whole, args, tmp_path):
+    t = threading.Thread(target=main, args=(args,))
+    t.start(); t.join()
+    same_run(whole, tmp_path/'run')
+
+# Processes
+
+def test_the_lock(capsys, args, broken):
+    (broken/'lock').write_text('12345, which is dead')
+    with only_process(broken): assert f'process {os.getpid()} is writing there' in fails(capsys, *args, '--resume')
+    assert sorted(os.listdir(broken))==sorted(checkpoint_files)
+
+def command(args):
+    code = 'import sys; from fastai_embdrop.train import main; sys.exit(main())'
+    return subprocess.Popen([sys.executable, '-c', code, *args], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+@pytest.fixture(scope='module')
+def start(text):
+    "Start `main` in a process of its own, forked from one that has imported it"
+    if 'forkserver' not in multiprocessing.get_all_start_methods(): pytest.skip('needs fork')
+    ctx = multiprocessing.get_context('forkserver')
+    ctx.set_forkserver_preload(['fastai_embdrop.train'])
+    def f(out):
+        p = ctx.Process(target=main, args=([*flags(data=text, out=out, save_every=3), '--resume'],))
+        p.start()
+        return p
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('OMP_NUM_THREADS', '1')
+        yield f
+
+def test_the_command_refuses_company_and_ends_at_a_checkpoint(capsys, args, tmp_path):
+    out,args = tmp_path/'run',[*args, '--epochs', '1000']
+    p = command(args)
+    while not (out/prev).exists(): assert p.poll() is None; time.sleep(.01)
+    assert fails(capsys, *args, '--resume')==f'embdrop-train: {out}: process {p.pid} is writing there\n'
+    p.terminate()
+    assert p.communicate()[1]=='' and p.returncode==143 and sorted(os.listdir(out)) in (sorted(checkpoint_files), sorted([*checkpoint_files, 'history.csv']))
+    assert last_checkpoint(out)['train_iter']>4
+
+def test_killed_at_any_time(start, tmp_path, capsys):
+    def wait(out):
+        p,t = start(out),time.time()
+        p.join()
+        assert p.exitcode==0
+        return time.time()-t
+    wait(tmp_path/'warm')
+    took,ref,out,kills,ends = wait(tmp_path/'whole'),tmp_path/'whole',tmp_path/'run',0,0
+    while kills<KILLS:
+        p = start(out)
+        p.join(random.uniform(0, took))
+        if p.is_alive():
+            p.kill(); p.join()
+            kills += 1
+        else:
+            same_run(ref, out)
+            shutil.rmtree(out)
+            ends += 1
+    wait(out)
+    same_run(ref, out)
+    with capsys.disabled(): print(f'\n{kills} kills in {ends+1} runs, all of which ended as one without', end=' ')
