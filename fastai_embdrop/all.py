@@ -5,5 +5,6 @@ from .awdlstm import AWD_LSTM, awd_lstm_clas_config, awd_lstm_learner, awd_lstm_
 from .anneal import (AnnealDropMult, AnnealEmbedP, DropoutScheduler, SchedCurriculum, SchedEarly, SchedLate, SchedPiecewise, drop_attrs,
                      find_dropouts)
 from .embeddings import add_embedding_dropout, remove_embedding_dropout
+from .checkpoint import Checkpoint, last_checkpoint
 from .corpus import Corpus, lm_dataloaders, read_corpus, tokenize
 from .train import Settings, load_run, train_lm

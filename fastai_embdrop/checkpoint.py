@@ -42,7 +42,7 @@ def write_atomic(
     finally:
         with suppress(OSError): tmp.unlink()
 
-# %% ../nbs/06_checkpoint.ipynb #6917b928
+# %% ../nbs/06_checkpoint.ipynb #5a1dd661
 def plain(
     o # Anything
 ): # Numbers, text, tensors, and lists, tuples and dicts of them
@@ -51,8 +51,8 @@ def plain(
     if isinstance(o, (np.generic,np.ndarray)): return o.tolist()
     if isinstance(o, Tensor) and not isinstance(o, nn.Parameter): return o.detach().as_subclass(Tensor)
     if type(o) in (list,L):
-        if len(o) and all(isinstance(x, Tensor) and x.ndim==0 for x in o): return torch.stack([plain(x) for x in o])
-        return [plain(x) for x in o]
+        numbers = all(isinstance(x, Tensor) and x.ndim==0 for x in o) and len({(x.dtype,x.device) for x in o})==1
+        return torch.stack([plain(x) for x in o]) if numbers else [plain(x) for x in o]
     if type(o) is tuple: return tuple(map(plain, o))
     if isinstance(o, dict): return {plain(k):plain(v) for k,v in o.items()}
     raise TypeError(f'{type(o).__name__} is not plain data')
@@ -80,17 +80,16 @@ def set_attrs(
         if isinstance(v, Tensor) and isinstance(old, (list,L)): v = list(v)
         d[k] = np.array(v, old.dtype) if isinstance(old, np.ndarray) else L(v) if isinstance(old, L) else v
 
-# %% ../nbs/06_checkpoint.ipynb #6548be1a
+# %% ../nbs/06_checkpoint.ipynb #10d7bc2f
 def other_cbs(learn): return [o for o in learn.cbs if not isinstance(o, (Checkpoint,ProgressCallback))]
 
 def fit_parts(
     learn # A `Learner` in a fit
 )->dict: # Objects by name
     "What remembers something of a fit: callbacks, the metrics that accumulate while it trains, and modules"
-    cbs = other_cbs(learn)
     mets = learn.recorder._train_mets if hasattr(learn, 'recorder') else []
-    return {f'{kind} {i} {n}':o for kind,os in dict(callback=[(o.name,o) for o in cbs], metric=[(o.name,o) for o in mets],
-            module=learn.model.named_modules()).items() for i,(n,o) in enumerate(os)}
+    kinds = dict(callback=[(o.name,o) for o in other_cbs(learn)], metric=[(o.name,o) for o in mets], module=learn.model.named_modules())
+    return {f'{kind} {i} {n}':o for kind,named in kinds.items() for i,(n,o) in enumerate(named)}
 
 # %% ../nbs/06_checkpoint.ipynb #de158ccd
 def loader_state(
@@ -154,7 +153,7 @@ def set_fit(
     if state['scaler']: learn.scaler.load_state_dict(state['scaler'])
     learn.pct_train,learn.train_iter = state['pct_train'],state['train_iter']
 
-# %% ../nbs/06_checkpoint.ipynb #c7db6584
+# %% ../nbs/06_checkpoint.ipynb #26740f1c
 checkpoint_files = 'checkpoint.pth','checkpoint.prev.pth'
 
 def read_checkpoint(
@@ -165,7 +164,7 @@ def read_checkpoint(
         with zipfile.ZipFile(path) as z:
             if bad := z.testzip(): raise ValueError(f'wrong checksum of {bad}')
         state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f'{path}: not a whole checkpoint ({str(e).splitlines()[0]})') from None
+    except Exception as e: raise ValueError(f'{path}: not a whole checkpoint ({(str(e) or type(e).__name__).splitlines()[0]})') from None
     v = state.get('version') if isinstance(state, dict) else None
     if v!=state_version: raise ValueError(f'{path}: version {v} of a checkpoint, where {state_version} is read')
     return state
@@ -175,10 +174,12 @@ def last_checkpoint(
 )->dict: # As from `fit_state`; None if there is none
     "The newest state in `folder`; if that file is damaged a warning and the one before, a `ValueError` if there is no other"
     found = [p for f in checkpoint_files if (p := Path(folder)/f).exists()]
-    for p in found[:1]*len(found[1:]):
+    if not found: return
+    *newer,last = found
+    for p in newer:
         try: return read_checkpoint(p)
-        except ValueError as e: warnings.warn(f'{e}; {found[-1].name} is taken')
-    return read_checkpoint(found[-1]) if found else None
+        except ValueError as e: warnings.warn(f'{e}; {last.name} is taken')
+    return read_checkpoint(last)
 
 # %% ../nbs/06_checkpoint.ipynb #d4b749b9
 @contextmanager
@@ -192,7 +193,7 @@ def handling(
     finally:
         for n,h in old.items(): signal.signal(n, h)
 
-# %% ../nbs/06_checkpoint.ipynb #2fcfb091
+# %% ../nbs/06_checkpoint.ipynb #b6ac1fd4
 class Checkpoint(Callback):
     "Write the state of a fit to `folder` when an epoch's batches are done and after `every` batches; go on from `state`"
     order,stop = 1000,None # after every callback that keeps a state
@@ -205,8 +206,8 @@ class Checkpoint(Callback):
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.resting = [o for o in other_cbs(self.learn) if o.run] if self.saved and self.saved['epoch'] else []
+        skip = self.run and self.saved and self.saved['epoch']
+        self.resting = [o for o in other_cbs(self.learn) if o.run] if skip else []
         for o in self.resting: o.run = False
 
     def before_epoch(self):
@@ -237,6 +238,7 @@ class Checkpoint(Callback):
         if self.stop: self._obey()
 
     def save(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
         new,prev = (self.folder/f for f in checkpoint_files)
         write_atomic(new, partial(torch.save, fit_state(self.learn, self.start, self.info)), prev)
 

@@ -8,7 +8,6 @@ import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 from fastai.basics import Callback, DataLoader, DataLoaders, L, Learner, OptimWrapper, defaults, mse, set_seed
 from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.schedule import lr_find
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai_embdrop.anneal import AnnealEmbedP, DropoutScheduler
 from fastai_embdrop.awdlstm import awd_lstm_learner
@@ -68,6 +67,10 @@ def run_fit(make, state=None):
         model=dict(learn.model.state_dict()), opt=learn.opt.state_dict(), pct=learn.pct_train, n=learn.train_iter, scale=getattr(learn, 'seen', [0])[-1],
         draws=[random.random(), np.random.rand(), torch.rand(1)]))
 
+def position(data):
+    state = torch.load(BytesIO(data), weights_only=True)
+    return state['epoch'],state['done']
+
 def assert_same(a, b): torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 @pytest.mark.parametrize('make', [lm, documents, regression])
@@ -78,10 +81,9 @@ def test_resumed_at_every_batch(make, tmp_path, monkeypatch):
     for i,k in enumerate(kept, 1):
         rest,res = run_fit(make, torch.load(BytesIO(k), weights_only=True))
         assert_same(whole, res)
-        assert len(rest)==len(kept)-i
+        assert len(rest)==len(kept)-i and (not rest or position(rest[0])==position(kept[i]))
 
 def test_another_fit_is_refused(tmp_path):
-    run_fit_in = lambda fit, cbs, **kw: fit([Checkpoint(tmp_path, **kw), *cbs])
     fit,learn = lm()
     fit([Checkpoint(tmp_path)])
     state = last_checkpoint(tmp_path)
@@ -91,7 +93,7 @@ def test_another_fit_is_refused(tmp_path):
 def test_lr_find_writes_no_checkpoint(tmp_path):
     learn = awd_lstm_learner(small_dls(), SMALL, path=tmp_path, cbs=Checkpoint(tmp_path/'run', every=1))
     learn.lr_find(num_it=6, show_plot=False)
-    assert not (tmp_path/'run').exists() or not os.listdir(tmp_path/'run')
+    assert not (tmp_path/'run').exists()
 
 # A run
 
