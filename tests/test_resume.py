@@ -169,6 +169,17 @@ def test_broken_while_the_files_are_written(whole, args, tmp_path, monkeypatch, 
     assert main([*args, '--resume']) is None
     same_run(whole, tmp_path/'run')
 
+@pytest.mark.parametrize('n', [1,2,3])
+def test_broken_between_renames(whole, args, tmp_path, monkeypatch, n):
+    left,real = [None]*(n-1),os.replace
+    def replace(a, b): left.pop() if left else raises(RuntimeError('broken'))(); real(a, b)
+    with monkeypatch.context() as m:
+        m.setattr(os, 'replace', replace)
+        with pytest.raises(RuntimeError, match='broken'): main(args)
+    assert [(tmp_path/'run'/f).exists() for f in checkpoint_files]==[n==2, n==3]
+    assert main([*args, '--resume']) is None
+    same_run(whole, tmp_path/'run')
+
 def test_a_finished_run_is_left_alone(capsys, whole, text, tmp_path):
     shutil.copytree(whole, out := tmp_path/'run')
     (out/'lock').write_text('12345')
