@@ -8,21 +8,23 @@ Docs: https://fastai-embdrop.github.io/fastai_embdrop/train.html.md"""
 
 # %% auto #0
 __all__ = ['run_files', 'Settings', 'check_settings', 'to_ini', 'read_ini', 'parse_args', 'find_device', 'check_out',
-           'run_learner', 'prepare_run', 'save_run', 'train_lm', 'load_run', 'main']
+           'run_learner', 'prepare_run', 'save_run', 'train_lm', 'check_weights', 'load_weights', 'read_json',
+           'read_vocab', 'read_settings', 'count_weights', 'read_run', 'load_run', 'main']
 
-# %% ../nbs/04_train.ipynb #46f147da
-import argparse,configparser,json,math,platform,re,sys,tempfile,time
+# %% ../nbs/04_train.ipynb #0d22a36b
+import argparse,configparser,json,math,pickletools,platform,re,sys,tempfile,time
 import fastai,fastcore
 import matplotlib.pyplot as plt
 from dataclasses import asdict,dataclass,fields
 from functools import partial
 from pathlib import Path
+from zipfile import ZipFile
 from fastai.text.all import *
 from fastcore.docments import docments
 from fastprogress.fastprogress import format_time
 from . import __version__
 from .anneal import AnnealEmbedP
-from .awdlstm import awd_lstm_learner
+from .awdlstm import awd_lstm_learner,awd_lstm_lm
 from .corpus import fingerprint,lm_dataloaders,read_corpus,read_text,tokenize
 from .dropout import check_p
 
@@ -141,13 +143,15 @@ def check_out(
     except OSError as e: raise OSError(f'{out}: cannot be written to ({e.strerror})') from None
     return out
 
-# %% ../nbs/04_train.ipynb #fb090461
+# %% ../nbs/04_train.ipynb #8eae70be
+def _sizes(s): return dict(emb_sz=s.emb_sz, n_hid=s.n_hid, n_layers=s.n_layers)
+
 def run_learner(
     dls:DataLoaders, # Language-model loaders
     s:Settings # Settings of the run
 )->LMLearner: # Untrained
     "The `Learner` of a run"
-    return awd_lstm_learner(dls, dict(emb_sz=s.emb_sz, n_hid=s.n_hid, n_layers=s.n_layers), s.drop_mult, path=s.out, metrics=Perplexity())
+    return awd_lstm_learner(dls, _sizes(s), s.drop_mult, path=s.out, metrics=Perplexity())
 
 def prepare_run(
     s:Settings, # Settings of the run
@@ -211,17 +215,99 @@ def train_lm(
     print(*(out/f for f in run_files), sep='\n')
     return learn
 
-# %% ../nbs/04_train.ipynb #457ed798
+# %% ../nbs/04_train.ipynb #df08dce9
+_plain = re.compile(r'torch\._utils _rebuild_tensor_v2|torch \w+Storage|collections OrderedDict')
+
+def check_weights(
+    path # A file by `torch.save`
+):
+    "An exception if a checksum is wrong, or if the pickle inside names more than it takes to rebuild tensors"
+    with ZipFile(path) as z:
+        if any(o.compress_type for o in z.infolist()) or z.testzip(): raise ValueError('damaged')
+        pkl, = [o for o in z.namelist() if o.endswith('/data.pkl')]
+        names = [a for op,a,_ in pickletools.genops(z.read(pkl)) if op.name=='GLOBAL']
+    if odd := [o for o in names if not _plain.fullmatch(o)]: raise ValueError(f'names {odd[0]}')
+
+# %% ../nbs/04_train.ipynb #125a4b40
+def load_weights(
+    path # A state dict, as `torch.save` writes it
+)->dict: # From names to tensors on the CPU, which stay in the file until they are read
+    "Tensors from a file and no code; a `ValueError` names the file if it is damaged or holds anything else"
+    try:
+        check_weights(path)
+        wgts = torch.load(path, 'cpu', weights_only=True, mmap=True)
+        if not all(isinstance(k, str) and v.nbytes<=v.untyped_storage().nbytes() for k,v in wgts.items()): raise ValueError('more than the file holds')
+    except Exception as e: # an unpickler at work on noise raises anything
+        if isinstance(e, OSError) and e.filename: raise
+        raise ValueError(f"{path}: no weights that are safe to load ({' '.join(str(e).split())[:99] or type(e).__name__})") from None
+    return wgts
+
+# %% ../nbs/04_train.ipynb #113f3bcc
+def read_json(
+    path # A file of JSON
+): # What it holds
+    "`json.loads` of a file; a `ValueError` names the file"
+    text = read_text(path)
+    try: return json.loads(text)
+    except (ValueError,RecursionError) as e: raise ValueError(f'{path}: {e}') from None
+
+def read_vocab(
+    path # `vocab.json` of a run
+)->list: # Words
+    "A vocabulary that begins with fastai's special tokens, where `Numericalize` and `AWD_LSTM` look for them"
+    vocab,spec = read_json(path),defaults.text_spec_tok
+    if not isinstance(vocab, list) or not all(isinstance(o, str) for o in vocab): raise ValueError(f'{path}: not a list of words')
+    if vocab[:len(spec)]!=spec: raise ValueError(f"{path}: does not begin with {' '.join(spec)}")
+    return vocab
+
+# %% ../nbs/04_train.ipynb #b8518be7
+def read_settings(
+    path # `config.json` of a run
+)->Settings:
+    "The settings of a run; a `ValueError` names the file, and a key that is unknown or not of its type"
+    config,types = read_json(path),{f.name:f.type for f in fields(Settings)}
+    s = config.get('settings') if isinstance(config, dict) else None
+    if not isinstance(s, dict): raise ValueError(f'{path}: no settings in it')
+    if bad := [k for k,v in s.items() if type(v) is not types.get(k)]: raise ValueError(f'{path}: {bad[0]!r} is unknown or not of its type')
+    try: return Settings(**s)
+    except ValueError as e: raise ValueError(f'{path}: {e}') from None
+
+# %% ../nbs/04_train.ipynb #56a4e4ca
+def count_weights(
+    s:Settings, # Sizes of a model
+    V:int # Words
+)->int: # Numbers in its parameters
+    "The size of a run's model by arithmetic alone"
+    e,h,n = s.emb_sz,s.n_hid,s.n_layers
+    lstm = lambda i,o: 4*o*(i+o+2)
+    return V*(e+1) + (lstm(e, e) if n==1 else lstm(e, h) + (n-2)*lstm(h, h) + lstm(h, e))
+
+# %% ../nbs/04_train.ipynb #618f9a22
+def read_run(
+    path # Folder of a run
+)->tuple: # `Settings`, vocabulary, weights
+    "What makes a run's model, checked before there is one; a `ValueError` names the file at fault"
+    cfg,voc,pth = (Path(path)/f for f in ('config.json','vocab.json','model.pth'))
+    s,vocab,wgts = read_settings(cfg),read_vocab(voc),load_weights(pth)
+    need,held = 4*count_weights(s, len(vocab)),pth.stat().st_size
+    if need>held or s.n_layers>len(wgts): raise ValueError(f'{cfg}: a model of {s.n_layers} layers and {need} bytes, but {pth.name} has {held} bytes')
+    try:
+        with torch.device('meta'): want = awd_lstm_lm(len(vocab), _sizes(s), s.drop_mult).state_dict()
+    except ValueError as e: raise ValueError(f'{cfg}: {e}') from None
+    form = lambda o, k: f'{tuple(o[k].shape)} {o[k].dtype}' if k in o else 'missing'
+    for k in {**want, **wgts}:
+        if form(want, k)!=form(wgts, k): raise ValueError(f'{pth}: {k!r} is {form(wgts, k)}, by settings and vocabulary {form(want, k)}')
+        if not wgts[k].isfinite().all(): raise ValueError(f'{pth}: {k!r} is not finite')
+    return s,vocab,wgts
+
+# %% ../nbs/04_train.ipynb #b9cb9dca
 def load_run(
     path, # Folder of a run
     device:str='auto' # Where to put the model
 )->LMLearner: # For prediction
-    "The `Learner` of a run, from its weights, vocabulary and settings; no code in them is run"
-    path,device = Path(path),find_device(device)
-    config,vocab = (json.loads(read_text(path/f)) for f in ('config.json','vocab.json'))
-    wgts = torch.load(path/'model.pth', map_location=device, weights_only=True)
-    if len(vocab)!=(n := len(wgts['0.encoder.weight'])): raise ValueError(f'{path}: {len(vocab)} words, but weights for {n}')
-    s = Settings(**{**config['settings'], 'out':path})
+    "The `Learner` of a run, from its weights, vocabulary and settings, as `read_run` has checked them"
+    device,(s,vocab,wgts) = find_device(device),read_run(path)
+    s.out = str(path)
     learn = run_learner(lm_dataloaders(tok=s.tok, vocab=vocab, device=device), s)
     learn.model.to(device).load_state_dict(wgts)
     return learn
