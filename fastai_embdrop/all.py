@@ -6,4 +6,4 @@ from .anneal import (AnnealDropMult, AnnealEmbedP, DropoutScheduler, SchedCurric
                      find_dropouts)
 from .embeddings import add_embedding_dropout, remove_embedding_dropout
 from .corpus import Corpus, lm_dataloaders, read_corpus, tokenize
-from .train import Settings, load_run, train_lm
+from .train import Settings, load_run, load_weights, train_lm

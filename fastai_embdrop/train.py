@@ -11,8 +11,8 @@ __all__ = ['run_files', 'Settings', 'check_settings', 'to_ini', 'read_ini', 'par
            'run_learner', 'prepare_run', 'save_run', 'train_lm', 'check_weights', 'load_weights', 'read_json',
            'read_vocab', 'read_settings', 'count_weights', 'read_run', 'load_run', 'main']
 
-# %% ../nbs/04_train.ipynb #0d22a36b
-import argparse,configparser,json,math,pickletools,platform,re,sys,tempfile,time
+# %% ../nbs/04_train.ipynb #83ae3b03
+import argparse,configparser,json,math,os,pickletools,platform,re,sys,tempfile,time
 import fastai,fastcore
 import matplotlib.pyplot as plt
 from dataclasses import asdict,dataclass,fields
@@ -55,29 +55,30 @@ class Settings:
 
     def __post_init__(self): check_settings(self)
 
-# %% ../nbs/04_train.ipynb #73efb166
+# %% ../nbs/04_train.ipynb #dfcb566b
 _scheds  = dict(cos=SchedCos, lin=SchedLin, exp=SchedExp, poly=partial(SchedPoly, power=2), const=SchedNo)
 _choices = dict(sched=list(_scheds), tok=['spacy','split'], precision=['fp32','fp16','bf16'])
 _least   = dict(epochs=1, bs=1, seq_len=1, emb_sz=1, n_hid=1, n_layers=1, drop_mult=0, max_vocab=16, min_freq=1, max_words=0, seed=0)
 
 def _typed(f, v):
     if v=='': raise ValueError(f'{f.name} is empty')
+    if f.type is str and re.search(r'^\s|\s$|[\0\r\n\ud800-\udfff]', str(v)): raise ValueError(f'{f.name}={v!r}: cannot stand in a file of settings')
     try: return f.type(str(v))
-    except ValueError: raise ValueError(f'{f.name}={v}: not of type {f.type.__name__}') from None
+    except ValueError: raise ValueError(f'{f.name}={v!r}: not of type {f.type.__name__}') from None
 
 def check_settings(s:Settings):
     "Give each field of `s` its type and check its range"
     for f in fields(s): setattr(s, f.name, _typed(f, getattr(s, f.name)))
     for k,v in _choices.items():
-        if getattr(s, k) not in v: raise ValueError(f"{k}={getattr(s, k)}: not one of {', '.join(v)}")
+        if getattr(s, k) not in v: raise ValueError(f"{k}={getattr(s, k)!r}: not one of {', '.join(v)}")
     for k,v in _least.items():
         if not v <= getattr(s, k) < 2**63: raise ValueError(f'{k}={getattr(s, k)}: not a number from {v} on')
     if not 0 < s.lr < math.inf: raise ValueError(f'lr={s.lr}: not a number above 0')
     for k in 'start','end': check_p(getattr(s, k), k)
-    if Path(s.data).resolve()==Path(s.out).resolve(): raise ValueError(f'out={s.out}: is where the data are')
+    if os.path.realpath(s.data)==os.path.realpath(s.out): raise ValueError(f'out={s.out!r}: is where the data are')
     if s.sched=='exp' and not s.start*s.end: raise ValueError('sched=exp: start and end must be above 0')
 
-# %% ../nbs/04_train.ipynb #2bdc4105
+# %% ../nbs/04_train.ipynb #82c9b83d
 def to_ini(
     s:Settings # Settings
 )->str: # Section `[train]`, above each key its meaning
@@ -91,14 +92,14 @@ def read_ini(
     "Read settings; a `ValueError` names the file and what is wrong with it"
     cp = configparser.ConfigParser(interpolation=None)
     try: cp.read_string(read_text(path), str(path))
-    except configparser.Error as e: raise ValueError(str(e)) from None
+    except configparser.Error as e: raise ValueError(' '.join(str(e).split())) from None
     if not cp.has_section('train'): raise ValueError(f'{path}: no section [train]')
     if bad := sorted(set(cp['train']) - set(asdict(Settings()))): raise ValueError(f"{path}: unknown key {', '.join(bad)}")
     return dict(cp['train'])
 
-# %% ../nbs/04_train.ipynb #8da8a57d
+# %% ../nbs/04_train.ipynb #8974efde
 class _Parser(argparse.ArgumentParser):
-    def error(self, message): raise ValueError(message)
+    def error(self, message): raise ValueError(' '.join(message.split()))
 
 def parse_args(
     argv:list=None # Arguments (None: those of the command)
