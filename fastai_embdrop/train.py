@@ -229,7 +229,7 @@ def check_weights(
         names = [a for op,a,_ in pickletools.genops(z.read(pkl)) if op.name=='GLOBAL']
     if odd := [o for o in names if not _plain.fullmatch(o)]: raise ValueError(f'names {odd[0]}')
 
-# %% ../nbs/04_train.ipynb #125a4b40
+# %% ../nbs/04_train.ipynb #4f092c67
 def load_weights(
     path # A state dict, as `torch.save` writes it
 )->dict: # From names to tensors on the CPU, which stay in the file until they are read
@@ -237,7 +237,8 @@ def load_weights(
     try:
         check_weights(path)
         wgts = torch.load(path, 'cpu', weights_only=True, mmap=True)
-        if not all(isinstance(k, str) and v.nbytes<=v.untyped_storage().nbytes() for k,v in wgts.items()): raise ValueError('more than the file holds')
+        if not isinstance(wgts, dict) or not all(isinstance(o, t) for kv in wgts.items() for o,t in zip(kv, (str,Tensor))): raise ValueError('not tensors by name')
+        if any(v.nbytes>v.untyped_storage().nbytes() for v in wgts.values()): raise ValueError('larger than its file')
     except Exception as e: # an unpickler at work on noise raises anything
         if isinstance(e, OSError) and e.filename: raise
         raise ValueError(f"{path}: no weights that are safe to load ({' '.join(str(e).split())[:99] or type(e).__name__})") from None

@@ -13,10 +13,10 @@ from fastai_embdrop.corpus import lm_dataloaders
 
 SMALL = dict(emb_sz=12, n_hid=16, n_layers=2)
 
-for k,n in dict(ci=40, long=int(os.getenv('NN','700'))).items():
+for k,n in dict(ci=40, long=560).items():
     settings.register_profile(k, max_examples=n, derandomize=k=='ci', deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.getenv('HYPOTHESIS_PROFILE', 'ci'))
-set_hypothesis_home_dir(tempfile.gettempdir())
+set_hypothesis_home_dir(os.path.join(tempfile.gettempdir(), 'hypothesis'))
 
 tried = Counter() # examples of each property that came to their end
 
