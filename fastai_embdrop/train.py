@@ -216,15 +216,15 @@ def train_lm(
     print(*(out/f for f in run_files), sep='\n')
     return learn
 
-# %% ../nbs/04_train.ipynb #df08dce9
+# %% ../nbs/04_train.ipynb #77de03d1
 _plain = re.compile(r'torch\._utils _rebuild_tensor_v2|torch \w+Storage|collections OrderedDict')
 
 def check_weights(
     path # A file by `torch.save`
 ):
-    "An exception if a checksum is wrong, or if the pickle inside names more than it takes to rebuild tensors"
+    "An exception if a checksum is wrong or a part compressed, or if the pickle inside names more than it takes to rebuild tensors"
     with ZipFile(path) as z:
-        if any(o.compress_type for o in z.infolist()) or z.testzip(): raise ValueError('damaged')
+        if any(o.compress_type for o in z.infolist()) or z.testzip(): raise ValueError('damaged or compressed')
         pkl, = [o for o in z.namelist() if o.endswith('/data.pkl')]
         names = [a for op,a,_ in pickletools.genops(z.read(pkl)) if op.name=='GLOBAL']
     if odd := [o for o in names if not _plain.fullmatch(o)]: raise ValueError(f'names {odd[0]}')

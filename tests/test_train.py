@@ -1,6 +1,7 @@
 """Pins `embdrop-train`: settings and their precedence, the files of a run, bad input (one line, status 2, nothing written), loading."""
 import json, math, os, pickle, platform, shutil, subprocess, sys
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 from fastai.text.all import SchedCos, SchedExp, SchedLin, SchedNo, SchedPoly, match_embeds
 from fastai_embdrop import __version__
@@ -270,6 +271,22 @@ def test_weights_are_those_of_the_settings(copy, change, msg):
     change(wgts)
     torch.save(wgts, copy/'model.pth')
     with pytest.raises(ValueError, match=f'model.pth: .*{msg}'): load_run(copy)
+
+def test_layers_without_weights_are_refused_however_large_the_file(copy, monkeypatch):
+    cfg,wgts = json.loads((copy/'config.json').read_text()),torch.load(copy/'model.pth', weights_only=True)
+    cfg['settings']['n_layers'] = 100
+    (copy/'config.json').write_text(json.dumps(cfg))
+    torch.save(wgts | dict(more=torch.zeros(2**20)), copy/'model.pth')
+    monkeypatch.setattr('fastai_embdrop.train.awd_lstm_lm', lambda *_: pytest.fail('made a model'))
+    with pytest.raises(ValueError, match='config.json: a model of 100 layers'): load_run(copy)
+
+def test_compressed_weights_are_refused(copy):
+    "A small file could hold any size"
+    with ZipFile(copy/'model.pth') as z: files = {o:z.read(o) for o in z.namelist()}
+    with ZipFile(copy/'model.pth', 'w', ZIP_DEFLATED) as z:
+        for k,v in files.items(): z.writestr(k, v)
+    assert torch.load(copy/'model.pth', weights_only=True)
+    with pytest.raises(ValueError, match='damaged or compressed'): load_run(copy)
 
 def test_one_flipped_bit_of_a_weight_is_noticed(copy):
     b = bytearray((copy/'model.pth').read_bytes())
