@@ -216,7 +216,7 @@ def train_lm(
     print(*(out/f for f in run_files), sep='\n')
     return learn
 
-# %% ../nbs/04_train.ipynb #77de03d1
+# %% ../nbs/04_train.ipynb #5a8fb878
 _plain = re.compile(r'torch\._utils _rebuild_tensor_v2|torch \w+Storage|collections OrderedDict')
 
 def check_weights(
@@ -229,7 +229,6 @@ def check_weights(
         names = [a for op,a,_ in pickletools.genops(z.read(pkl)) if op.name=='GLOBAL']
     if odd := [o for o in names if not _plain.fullmatch(o)]: raise ValueError(f'names {odd[0]}')
 
-# %% ../nbs/04_train.ipynb #4f092c67
 def load_weights(
     path # A state dict, as `torch.save` writes it
 )->dict: # From names to tensors on the CPU, which stay in the file until they are read
