@@ -3,7 +3,7 @@
 Right is what a second, plain implementation says: NumPy for the dropout, the standard library for files. Non-finite weights
 follow IEEE 754 as in `nn.Dropout`: a dropped NaN or infinity is NaN, and does not vanish. `HYPOTHESIS_PROFILE=long` tries more.
 """
-import codecs, csv, io, json, math, os, shutil, struct
+import codecs, csv, io, json, math, os, shutil
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import wraps
@@ -15,7 +15,7 @@ from torch import nn
 from fastai_embdrop.anneal import SchedCurriculum, SchedEarly, SchedLate, SchedPiecewise, sched_ps
 from fastai_embdrop.corpus import csv_texts, fingerprint, read_corpus, read_text, tokenize
 from fastai_embdrop.dropout import EmbeddingDropout, check_p
-from fastai_embdrop.train import Settings, load_run, load_weights, parse_args, read_ini, to_ini, train_lm
+from fastai_embdrop.train import Settings, load_run, parse_args, read_ini, to_ini, train_lm
 from conftest import random_tokens, tried
 
 def prop(*args, **kw):
@@ -250,7 +250,7 @@ def edit_weights(draw, path, o):
     elif how=='add': o[draw(st.text() | st.integers())] = o[k]
     elif how=='whole': o = draw(json_value)
     else: o[k] = tensors[how](o[k])
-    torch.save(o, path, _use_new_zipfile_serialization=draw(st.booleans()) if how not in ('meta',) else True)
+    torch.save(o, path, _use_new_zipfile_serialization=draw(st.booleans()) or how=='meta')
 
 @pytest.mark.filterwarnings('ignore::UserWarning') # torch's, of sparse and quantized tensors as they are made here
 @prop(st.data())
