@@ -9,7 +9,9 @@ Modules:
 - `fastai_embdrop.distrib`: A language model on several GPUs or CPU processes: rows of its own and masks of its own for each rank, one `embed_p` for all
 - `fastai_embdrop.dropout`: Drop whole words from an embedding: one draw per vocabulary row, shared by the whole batch
 - `fastai_embdrop.embeddings`: Whole-row dropout for the embeddings of a model that exists already, in place
+- `fastai_embdrop.files`: Weights and vocabularies from strangers, checked before anything in them is used
 - `fastai_embdrop.loss`: A language model's training step that never holds its logits
+- `fastai_embdrop.settings`: What a training run is asked for: a dataclass, a file and flags that say the same
 - `fastai_embdrop.train`: `embdrop-train`: a language model on real text with annealed embedding dropout"""
 
 __version__ = "0.1.0"

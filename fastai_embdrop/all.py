@@ -7,4 +7,6 @@ from .anneal import (AnnealDropMult, AnnealEmbedP, DropoutScheduler, SchedCurric
 from .embeddings import add_embedding_dropout, remove_embedding_dropout
 from .checkpoint import Checkpoint, last_checkpoint
 from .corpus import Corpus, lm_dataloaders, read_corpus, tokenize
-from .train import Settings, load_run, train_lm
+from .files import load_weights
+from .settings import Settings
+from .train import load_run, train_lm

@@ -11,8 +11,8 @@ __all__ = ['state_version', 'checkpoint_files', 'write_atomic', 'plain', 'get_at
            'loader_state', 'set_loader', 'RestOf', 'all_ranks', 'fit_state', 'set_fit', 'read_checkpoint',
            'last_checkpoint', 'handling', 'Checkpoint', 'CSVHistory', 'only_process']
 
-# %% ../nbs/06_checkpoint.ipynb #22aa784c
-import os,random,signal,threading,time,warnings,zipfile
+# %% ../nbs/06_checkpoint.ipynb #280b1a45
+import os,random,signal,threading,time,warnings
 import numpy as np, torch
 from contextlib import contextmanager,suppress
 from functools import partial
@@ -24,6 +24,7 @@ from fastcore.xtras import ReindexCollection
 from fastai.callback.core import Callback,CancelEpochException
 from fastai.callback.progress import CSVLogger,ProgressCallback
 from fastai.torch_core import get_model,get_random_states,num_distrib,rank_distrib,set_random_states,to_device
+from .files import check_weights
 
 # %% ../nbs/06_checkpoint.ipynb #2771c196
 def write_atomic(
@@ -159,7 +160,7 @@ def set_fit(
     if state['scaler']: learn.scaler.load_state_dict(state['scaler'])
     learn.pct_train,learn.train_iter = state['pct_train'],state['train_iter']
 
-# %% ../nbs/06_checkpoint.ipynb #26740f1c
+# %% ../nbs/06_checkpoint.ipynb #8b2ddcde
 checkpoint_files = 'checkpoint.pth','checkpoint.prev.pth'
 
 def read_checkpoint(
@@ -167,8 +168,7 @@ def read_checkpoint(
 )->dict: # As from `fit_state`
     "The state in `path`; a `ValueError` if the file is damaged, has more than plain data or is of another version. No code in it is run"
     try:
-        with zipfile.ZipFile(path) as z:
-            if bad := z.testzip(): raise ValueError(f'wrong checksum of {bad}')
+        check_weights(path)
         state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f'{path}: not a whole checkpoint ({(str(e) or type(e).__name__).splitlines()[0]})') from None
     v = state.get('version') if isinstance(state, dict) else None

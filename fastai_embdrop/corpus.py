@@ -111,8 +111,8 @@ def csv_texts(
 )->list: # Texts, blank ones left out
     "The column `text` of a CSV file; a `ValueError` names the file if there is none"
     text = read_text(path)
-    try: col = pd.read_csv(io.StringIO(text), usecols=['text'], dtype=str, na_filter=False)['text']
-    except ValueError as e: raise ValueError(f'{path}: {e}') from None
+    try: col = pd.read_csv(io.StringIO(text), usecols=['text'], index_col=False, dtype=str, na_filter=False)['text']
+    except ValueError as e: raise ValueError(' '.join(f'{path}: {e}'.split())) from None
     return [o for o in col if o.strip()]
 
 # %% ../nbs/03_corpus.ipynb #1735a2b9

@@ -9,12 +9,13 @@ Docs: https://fastai-embdrop.github.io/fastai_embdrop/loss.html.md"""
 # %% auto #0
 __all__ = ['linear_loss', 'Decoder', 'Hidden', 'LMLoss', 'NoLogits', 'without_logits']
 
-# %% ../nbs/08_loss.ipynb #ecd1da3d
+# %% ../nbs/08_loss.ipynb #52bc3326
 import warnings
 from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from fastcore.basics import nested_attr
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.losses import CrossEntropyLossFlat
@@ -58,13 +59,13 @@ class LMLoss(CrossEntropyLossFlat):
     def __call__(self, inp, targ, **kwargs):
         return linear_loss(inp.x, inp.decoder, targ) if isinstance(inp, Hidden) else super().__call__(inp, targ, **kwargs)
 
-# %% ../nbs/08_loss.ipynb #4db1a17b
+# %% ../nbs/08_loss.ipynb #0081e008
 class NoLogits(Callback):
     "Train a language model from its hidden states, unless something reads the predictions"
     order,run_valid = MixedPrecision.order+1,False
     def before_fit(self):
         self.decoders = [m for m in self.model.modules() if isinstance(m, Decoder)]
-        read = self.recorder.train_metrics or any(getattr(cb, 'reads_pred', False) for cb in self.learn.cbs)
+        read = nested_attr(self.learn, 'recorder.train_metrics') or any(getattr(cb, 'reads_pred', False) for cb in self.learn.cbs)
         self.on = isinstance(self.loss_func, LMLoss) and not read
 
     def before_batch(self):

@@ -1,14 +1,27 @@
-"Shared by all tests: no window for plots, one thread, small data made here, and the skip of `cuda` tests."
-import os
+"Shared by all tests: no window for plots, one thread, small data made here, the skip of `cuda` tests, and hypothesis' profiles."
+import os, tempfile
+from collections import Counter
 os.environ.setdefault('MPLBACKEND', 'agg')
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
 
 import numpy as np, pytest, torch
 from fastai.basics import defaults
 from fastai.callback.progress import ProgressCallback
+from hypothesis import HealthCheck, settings
+from hypothesis.configuration import set_hypothesis_home_dir
 from fastai_embdrop.corpus import lm_dataloaders
 
 SMALL = dict(emb_sz=12, n_hid=16, n_layers=2)
+
+for k,n in dict(ci=40, long=560).items():
+    settings.register_profile(k, max_examples=n, derandomize=k=='ci', deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile(os.getenv('HYPOTHESIS_PROFILE', 'ci'))
+set_hypothesis_home_dir(os.path.join(tempfile.gettempdir(), 'hypothesis'))
+
+tried = Counter() # examples of each property that came to their end
+
+def pytest_terminal_summary(terminalreporter):
+    if tried: terminalreporter.write_line(f'{tried.total():,} examples of {len(tried)} properties')
 
 def pytest_runtest_setup(item):
     if 'cuda' in item.keywords and not torch.cuda.is_available(): pytest.skip('no CUDA device')

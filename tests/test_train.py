@@ -1,11 +1,15 @@
 """Pins `embdrop-train`: settings and their precedence, the files of a run, bad input (one line, status 2, nothing written), loading."""
-import json, os, platform, subprocess, sys
+import json, math, os, pickle, platform, shutil, subprocess, sys
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
-from fastai.text.all import SchedCos, SchedExp, SchedLin, SchedNo, SchedPoly
+from fastai.text.all import SchedCos, SchedExp, SchedLin, SchedNo, SchedPoly, match_embeds
 from fastai_embdrop import __version__
-from fastai_embdrop.corpus import fingerprint, read_corpus
-from fastai_embdrop.train import Settings, load_run, main, parse_args, read_ini, run_files, to_ini, train_lm
+from fastai_embdrop.awdlstm import awd_lstm_learner
+from fastai_embdrop.corpus import fingerprint, lm_dataloaders, read_corpus
+from fastai_embdrop.files import load_weights, read_vocab
+from fastai_embdrop.settings import Settings, parse_args, read_ini, to_ini
+from fastai_embdrop.train import load_run, main, run_files, train_lm
 from conftest import random_tokens
 
 root = Path(__file__).parent.parent
@@ -66,7 +70,7 @@ def test_help_documents_each_setting(capsys):
 # Bad input
 
 @pytest.mark.parametrize('flag,value,msg', [
-    ('data','nowhere','nowhere'), ('data','','data is empty'), ('epochs','0','epochs=0'), ('epochs','2.5','epochs=2.5: not of type int'),
+    ('data','nowhere','nowhere'), ('data','','data is empty'), ('epochs','0','epochs=0'), ('epochs','2.5',"epochs='2.5': not of type int"),
     ('lr','0','lr=0'), ('lr','inf','lr=inf'), ('bs','-1','bs=-1'), ('start','1.5','start=1.5'), ('end','nan','end=nan'), ('drop_mult','-1','drop_mult'),
     ('sched','up','up'), ('tok','words','words'), ('precision','fp8','fp8'), ('precision','fp16','needs a CUDA device'), ('precision','bf16','needs a CUDA device'),
     ('device','gpu','device=gpu'), ('device','meta','device=meta'), ('seed',2**64,'seed'), ('n_hid','0','n_hid'), ('max_vocab','1','max_vocab'),
@@ -83,7 +87,7 @@ def test_no_such_device(capsys, tmp_path, text):
 def test_exponential_schedule_needs_both_ends(capsys, kw):
     assert 'start and end must be above 0' in fails(capsys, *flags(sched='exp', **kw))
 
-@pytest.mark.parametrize('ini,msg', [('[train]\nepoch = 3', 'unknown key epoch'), ('[train]\nepochs = three', 'epochs=three'), ('[run]\nepochs = 3', 'no section'),
+@pytest.mark.parametrize('ini,msg', [('[train]\nepoch = 3', 'unknown key epoch'), ('[train]\nepochs = three', "epochs='three'"), ('[run]\nepochs = 3', 'no section'),
                                      ('epochs = 3', 'no section'), ('[train]\nbs = 3\nbs = 4', 'bs'), ('[train]\nbs', 'bs'), ('[train]\nbs =', 'bs is empty'), ('', 'no text')])
 def test_bad_ini(capsys, tmp_path, ini, msg):
     (tmp_path/'s.ini').write_text(ini)
@@ -209,10 +213,122 @@ def test_load_run_predicts_the_same(run):
     assert again.predict('w1 w2', n_words=4, no_bar=True).startswith('w1 w2')
     assert again.model[0].encoder.weight is again.model[1].decoder.weight
 
-def test_load_run_checks_the_vocabulary(run, tmp_path):
-    for f in 'model.pth','config.json': (tmp_path/f).write_bytes((run[0]/f).read_bytes())
-    (tmp_path/'vocab.json').write_text(json.dumps(json.loads((run[0]/'vocab.json').read_text())[:-1]))
-    with pytest.raises(ValueError, match='words, but weights for'): load_run(tmp_path)
+# Files from strangers
+
+@pytest.fixture
+def copy(run, tmp_path): return shutil.copytree(run[0], tmp_path/'copy')
+
+class Bomb:
+    "What makes a folder when it is unpickled"
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return os.mkdir, (str(self.path),)
+
+def among(path): return torch.load(path, weights_only=True)
+plants = {'whole': lambda b,f: torch.save(b, f), 'among weights': lambda b,f: torch.save(among(f) | {'0.encoder.weight':b}, f),
+          'named from the stack': lambda b,f: torch.save(among(f) | {'more':b}, f, pickle_protocol=4),
+          'old format': lambda b,f: torch.save(b, f, _use_new_zipfile_serialization=False), 'bare': lambda b,f: f.write_bytes(pickle.dumps(b))}
+
+@pytest.mark.parametrize('f,how', [('model.pth',k) for k in plants] + [('vocab.json','bare'), ('config.json','bare')])
+def test_a_bomb_in_a_good_run_does_not_go_off(copy, tmp_path, f, how):
+    assert load_run(copy).predict('w1', no_bar=True)
+    plants[how](Bomb(tmp_path/'boom'), copy/f)
+    with pytest.raises(ValueError, match=f): load_run(copy)
+    assert not (tmp_path/'boom').exists()
+    pickle.loads((copy/f).read_bytes()) if how=='bare' else torch.load(copy/f, weights_only=False)
+    assert (tmp_path/'boom').exists(), 'it was a live one'
+
+class Claim:
+    "What has PyTorch's own `weights_only` unpickler take 64 GB"
+    def __reduce__(self): return bytearray, (2**36,)
+
+def test_a_small_file_takes_no_memory(copy):
+    torch.save(Claim(), copy/'model.pth')
+    with pytest.raises(ValueError, match='model.pth: .*names __builtin__ bytearray'): load_run(copy)
+
+@pytest.mark.parametrize('kw', [dict(n_hid=10**9), dict(emb_sz=10**9), dict(n_layers=10**6), dict(n_layers=2**62, n_hid=2**62), dict(n_layers=60)])
+def test_sizes_beyond_the_file_are_refused_at_once(copy, kw, monkeypatch):
+    cfg = json.loads((copy/'config.json').read_text())
+    cfg['settings'].update(kw)
+    (copy/'config.json').write_text(json.dumps(cfg))
+    monkeypatch.setattr('fastai_embdrop.train.awd_lstm_lm', lambda *_: pytest.fail('made a model'))
+    with pytest.raises(ValueError, match='config.json: a model of'): load_run(copy)
+
+def test_a_thousand_layers_in_one_tensor_are_refused(copy, monkeypatch):
+    "Many names for the same bytes: the model would be larger than the file"
+    cfg,wgts = json.loads((copy/'config.json').read_text()),torch.load(copy/'model.pth', weights_only=True)
+    cfg['settings']['n_layers'] = 1000
+    (copy/'config.json').write_text(json.dumps(cfg))
+    one = {k.removeprefix('0.rnns.0'):v for k,v in wgts.items() if k.startswith('0.rnns.0')}
+    torch.save(wgts | {f'0.rnns.{i}{k}':v for i in range(1000) for k,v in one.items()}, copy/'model.pth')
+    monkeypatch.setattr('fastai_embdrop.train.awd_lstm_lm', lambda *_: pytest.fail('made a model'))
+    with pytest.raises(ValueError, match='config.json: a model of 1000 layers'): load_run(copy)
+
+@pytest.mark.parametrize('change,msg', [
+    (lambda w: w['1.decoder.bias'].fill_(math.nan), "'1.decoder.bias' is not finite"), (lambda w: w.pop('1.decoder.bias'), "'1.decoder.bias' is missing"),
+    (lambda w: w.update(more=torch.zeros(1)), r"'more' is \(1,\) torch.float32, by settings and vocabulary missing"),
+    (lambda w: w.update({'1.decoder.bias':w['1.decoder.bias'].double()}), 'float64'), (lambda w: w.update({'1.decoder.bias':w['1.decoder.bias'][:-1]}), "'1.decoder.bias' is"),
+    (lambda w: w.update({'1.decoder.bias':torch.zeros(1).expand(2**40)}), 'larger than its file'), (lambda w: w.update({1:torch.zeros(1)}), 'not tensors by name'), (lambda w: w.update(a=1), 'not tensors by name')])
+def test_weights_are_those_of_the_settings(copy, change, msg):
+    wgts = torch.load(copy/'model.pth', weights_only=True)
+    change(wgts)
+    torch.save(wgts, copy/'model.pth')
+    with pytest.raises(ValueError, match=f'model.pth: .*{msg}'): load_run(copy)
+
+def test_layers_without_weights_are_refused_however_large_the_file(copy, monkeypatch):
+    cfg,wgts = json.loads((copy/'config.json').read_text()),torch.load(copy/'model.pth', weights_only=True)
+    cfg['settings']['n_layers'] = 100
+    (copy/'config.json').write_text(json.dumps(cfg))
+    torch.save(wgts | dict(more=torch.zeros(2**20)), copy/'model.pth')
+    monkeypatch.setattr('fastai_embdrop.train.awd_lstm_lm', lambda *_: pytest.fail('made a model'))
+    with pytest.raises(ValueError, match='config.json: a model of 100 layers'): load_run(copy)
+
+def test_compressed_weights_are_refused(copy):
+    "A small file could hold any size"
+    with ZipFile(copy/'model.pth') as z: files = {o:z.read(o) for o in z.namelist()}
+    with ZipFile(copy/'model.pth', 'w', ZIP_DEFLATED) as z:
+        for k,v in files.items(): z.writestr(k, v)
+    assert torch.load(copy/'model.pth', weights_only=True)
+    with pytest.raises(ValueError, match='damaged or compressed'): load_run(copy)
+
+def test_one_flipped_bit_of_a_weight_is_noticed(copy):
+    b = bytearray((copy/'model.pth').read_bytes())
+    b[b.find(torch.load(copy/'model.pth', weights_only=True)['1.decoder.bias'].numpy().tobytes())] ^= 1
+    (copy/'model.pth').write_bytes(b)
+    with pytest.raises(ValueError, match='damaged'): load_run(copy)
+
+@pytest.mark.parametrize('words,msg', [('{}', 'not a list of words'), ('["xxunk", 1]', 'not a list of words'), ('["xxpad","xxunk"]', 'does not begin with xxunk xxpad xxbos'), ('[', 'line 1'),
+                                       ('['*100_000, 'recursion'), ('[1' + '0'*5000 + ']', 'digits')])
+def test_bad_vocabulary(copy, words, msg):
+    (copy/'vocab.json').write_text(words)
+    with pytest.raises(ValueError, match=f'vocab.json: .*{msg}'): load_run(copy)
+
+def test_vocabulary_and_weights_must_agree(copy):
+    (copy/'vocab.json').write_text(json.dumps(json.loads((copy/'vocab.json').read_text())[:-1]))
+    with pytest.raises(ValueError, match="model.pth: '0.encoder.weight' is"): load_run(copy)
+
+@pytest.mark.parametrize('settings,msg', [({}, ''), (None, 'no settings'), ([], 'no settings'), ({'epoch':1}, "'epoch' is unknown"), ({'epochs':'1'}, "'epochs' is unknown or not of its type"),
+                                          ({'epochs':True}, "'epochs'"), ({'lr':math.nan}, 'lr=nan'), ({'drop_mult':9.}, '_p=')])
+def test_bad_config(copy, settings, msg):
+    cfg = json.loads((copy/'config.json').read_text())
+    cfg['settings'] = {**cfg['settings'], **settings} if settings else settings
+    (copy/'config.json').write_text(json.dumps(cfg))
+    with pytest.raises(ValueError, match=f'config.json: .*{msg}'): load_run(copy)
+
+def test_what_fastai_unpickles_loads_safely(run, tmp_path, monkeypatch):
+    "The ways of SECURITY.md: encoder, weights for another vocabulary, whole model"
+    learn = run[1]
+    other = awd_lstm_learner(lm_dataloaders([random_tokens(400, 3, V=30)], [random_tokens(99)], tok='split', min_freq=1, bs=4, seq_len=8, device='cpu'), dict(emb_sz=8, n_hid=12, n_layers=2), path=tmp_path)
+    monkeypatch.setattr(learn, 'path', tmp_path)
+    learn.save_encoder('enc'); learn.save('all', with_opt=False)
+    torch.save(learn.model.state_dict(), tmp_path/'all.pth')
+    wgts = match_embeds(load_weights(tmp_path/'all.pth'), read_vocab(run[0]/'vocab.json'), other.dls.vocab)
+    other.model.load_state_dict(wgts)
+    i,j = (o.dls.vocab.index('w1') for o in (learn,other))
+    assert torch.equal(other.model[0].encoder.weight[j], learn.model[0].encoder.weight[i])
+    new = awd_lstm_learner(learn.dls, dict(emb_sz=8, n_hid=12, n_layers=2), path=tmp_path)
+    new.model[0].load_state_dict(load_weights(tmp_path/'models/enc.pth'))
+    assert torch.equal(new.model[0].rnns[1].weight_hh_l0_raw, learn.model[0].rnns[1].weight_hh_l0_raw)
+    assert new.load('all', weights_only=True) is new and torch.equal(new.model[1].decoder.bias, learn.model[1].decoder.bias)
 
 # The command
 
