@@ -86,13 +86,14 @@ def prepare_run(
         tokens={k: sum(map(len, o)) for k,o in zip(corpus._fields, toks)}, vocab_sz=len(dls.vocab),
         params=sum(p.numel() for p in learn.model.parameters()), prompt=' '.join(corpus.valid[0].split()[:8]))
 
-# %% ../nbs/04_train.ipynb #8c06603f
+# %% ../nbs/04_train.ipynb #9dc01ca9
 def _save_plot(plot, path):
+    new = plt.figure() # or it would be drawn into one that is open
     plot()
     for ax in plt.gcf().axes: ax.set_xlabel('batch') if ax.lines else ax.remove()
     plt.tight_layout()
     plt.savefig(path)
-    plt.close()
+    for f in {new, plt.gcf()}: plt.close(f)
 
 def save_run(
     learn:LMLearner, # Just trained
