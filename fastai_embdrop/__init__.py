@@ -6,6 +6,7 @@ Modules:
 - `fastai_embdrop.awdlstm`: fastai's language model with its dropout defects mended, under the same names and with the same weights
 - `fastai_embdrop.checkpoint`: A fit that is killed at any point goes on where it was, to the same bits
 - `fastai_embdrop.corpus`: Text to train on, read and tokenized in memory
+- `fastai_embdrop.distrib`: A language model on several GPUs or CPU processes: rows of its own and masks of its own for each rank, one `embed_p` for all
 - `fastai_embdrop.dropout`: Drop whole words from an embedding: one draw per vocabulary row, shared by the whole batch
 - `fastai_embdrop.embeddings`: Whole-row dropout for the embeddings of a model that exists already, in place
 - `fastai_embdrop.loss`: A language model's training step that never holds its logits
