@@ -8,10 +8,10 @@ Docs: https://fastai-embdrop.github.io/fastai_embdrop/checkpoint.html.md"""
 
 # %% auto #0
 __all__ = ['state_version', 'checkpoint_files', 'write_atomic', 'plain', 'get_attrs', 'set_attrs', 'other_cbs', 'fit_parts',
-           'loader_state', 'set_loader', 'RestOf', 'fit_state', 'set_fit', 'read_checkpoint', 'last_checkpoint',
-           'handling', 'Checkpoint', 'CSVHistory', 'only_process']
+           'loader_state', 'set_loader', 'RestOf', 'all_ranks', 'fit_state', 'set_fit', 'read_checkpoint',
+           'last_checkpoint', 'handling', 'Checkpoint', 'CSVHistory', 'only_process']
 
-# %% ../nbs/06_checkpoint.ipynb #88506d28
+# %% ../nbs/06_checkpoint.ipynb #22aa784c
 import os,random,signal,threading,time,warnings,zipfile
 import numpy as np, torch
 from contextlib import contextmanager,suppress
@@ -23,15 +23,16 @@ from fastcore.foundation import L
 from fastcore.xtras import ReindexCollection
 from fastai.callback.core import Callback,CancelEpochException
 from fastai.callback.progress import CSVLogger,ProgressCallback
-from fastai.torch_core import get_random_states,set_random_states,to_device
+from fastai.torch_core import get_model,get_random_states,num_distrib,rank_distrib,set_random_states,to_device
 
-# %% ../nbs/06_checkpoint.ipynb #e1f80400
+# %% ../nbs/06_checkpoint.ipynb #2771c196
 def write_atomic(
     path, # File to write
     write, # A function that writes to a binary file
     prev=None # Where to keep the file that was there (None: nowhere)
 ):
-    "Write `path` whole or not at all, whenever the process is killed; an `OSError` names `path`"
+    "Write `path` whole or not at all, whenever the process is killed; an `OSError` names `path`. Of several processes rank 0 writes"
+    if rank_distrib(): return
     path = Path(path)
     tmp = path.with_name(path.name+'.tmp')
     try:
@@ -80,7 +81,7 @@ def set_attrs(
         if isinstance(v, Tensor) and isinstance(old, (list,L)): v = list(v)
         d[k] = np.array(v, old.dtype) if isinstance(old, np.ndarray) else L(v) if isinstance(old, L) else v
 
-# %% ../nbs/06_checkpoint.ipynb #10d7bc2f
+# %% ../nbs/06_checkpoint.ipynb #8fb5bdf6
 def other_cbs(learn): return [o for o in learn.cbs if not isinstance(o, (Checkpoint,ProgressCallback))]
 
 def fit_parts(
@@ -88,7 +89,7 @@ def fit_parts(
 )->dict: # Objects by name
     "What remembers something of a fit: callbacks, the metrics that accumulate while it trains, and modules"
     mets = learn.recorder._train_mets if hasattr(learn, 'recorder') else []
-    kinds = dict(callback=[(o.name,o) for o in other_cbs(learn)], metric=[(o.name,o) for o in mets], module=learn.model.named_modules())
+    kinds = dict(callback=[(o.name,o) for o in other_cbs(learn)], metric=[(o.name,o) for o in mets], module=get_model(learn.model).named_modules())
     return {f'{kind} {i} {n}':o for kind,named in kinds.items() for i,(n,o) in enumerate(named)}
 
 # %% ../nbs/06_checkpoint.ipynb #de158ccd
@@ -121,8 +122,14 @@ class RestOf(GetAttr):
         self.ready()
         yield from it
 
-# %% ../nbs/06_checkpoint.ipynb #ef1c9690
+# %% ../nbs/06_checkpoint.ipynb #75d0213b
 state_version = 1
+
+def all_ranks(o):
+    "`o` of each process, by rank"
+    res = [o]*max(1, num_distrib())
+    if len(res)>1: torch.distributed.all_gather_object(res, o)
+    return res
 
 def fit_state(
     learn, # A `Learner` at the end of a batch
@@ -133,21 +140,20 @@ def fit_state(
     own = dict(parts={k:get_attrs(o) for k,o in fit_parts(learn).items()}, start=start, rng=plain(get_random_states()))
     scaler = getattr(learn, 'scaler', None)
     return dict(version=state_version, info=plain(info), size=(learn.n_epoch, learn.n_iter), epoch=learn.epoch, done=learn.iter+1,
-                pct_train=learn.pct_train, train_iter=learn.train_iter, model=learn.model.state_dict(),
-                opt=plain(learn.opt.state_dict()), scaler=scaler.state_dict() if scaler else {}, ranks=[own])
+                pct_train=learn.pct_train, train_iter=learn.train_iter, model=get_model(learn.model).state_dict(),
+                opt=plain(learn.opt.state_dict()), scaler=scaler.state_dict() if scaler else {}, ranks=all_ranks(own))
 
-# %% ../nbs/06_checkpoint.ipynb #dc717c2a
+# %% ../nbs/06_checkpoint.ipynb #5fb34fcd
 def set_fit(
     learn, # A `Learner` at the start of an epoch's training
-    state:dict, # As from `fit_state`
-    rank:int=0 # Which process this is
+    state:dict # As from `fit_state`
 ):
     "Put `state` back but for generators and loader; a `ValueError` if `learn` has other callbacks or modules"
-    parts,own = fit_parts(learn),state['ranks'][rank]
+    parts,own = fit_parts(learn),state['ranks'][rank_distrib()]
     if other := sorted(parts.keys() ^ own['parts'].keys()): raise ValueError(f"not the fit of the checkpoint: {', '.join(other)}")
     dev = next(learn.model.parameters()).device
     for k,o in parts.items(): set_attrs(o, to_device(own['parts'][k], dev) if isinstance(o, nn.Module) else own['parts'][k])
-    learn.model.load_state_dict(state['model'])
+    get_model(learn.model).load_state_dict(state['model'])
     learn.opt.load_state_dict(state['opt'])
     for p,s in learn.opt.state.items(): learn.opt.state[p] = to_device(s, p.device)
     if state['scaler']: learn.scaler.load_state_dict(state['scaler'])
@@ -193,7 +199,7 @@ def handling(
     finally:
         for n,h in old.items(): signal.signal(n, h)
 
-# %% ../nbs/06_checkpoint.ipynb #b6ac1fd4
+# %% ../nbs/06_checkpoint.ipynb #c193e6b0
 class Checkpoint(Callback):
     "Write the state of a fit to `folder` when an epoch's batches are done and after `every` batches; go on from `state`"
     order,stop = 1000,None # after every callback that keeps a state
@@ -224,11 +230,13 @@ class Checkpoint(Callback):
 
     def _resume(self, size, done, ranks, **_):
         if size!=(now := (self.n_epoch, len(self.dl))): raise ValueError('the checkpoint is of {} epochs of {} batches, the fit of {} of {}'.format(*size, *now))
+        if len(ranks)!=(n := max(1, num_distrib())): raise ValueError(f'the checkpoint is of {len(ranks)} processes, the fit of {n}')
         set_fit(self.learn, self.saved)
         if hasattr(self.learn, 'recorder'): self.recorder.start_epoch = time.time()
-        self.done,self.start = done,ranks[0]['start']
+        self.done,own = done,ranks[rank_distrib()]
+        self.start = own['start']
         set_loader(self.dl, self.start)
-        self.learn.dl = RestOf(self.dl, done, lambda: set_random_states(**ranks[0]['rng']))
+        self.learn.dl = RestOf(self.dl, done, lambda: set_random_states(**own['rng']))
 
     def before_batch(self):
         if self.training: self.learn.iter += self.done
@@ -244,7 +252,8 @@ class Checkpoint(Callback):
 
     @contextmanager
     def signals(self):
-        "Within, SIGINT and SIGTERM wait for the end of the batch and its checkpoint; a second one does not"
+        "Within, SIGINT and SIGTERM wait for the end of the batch and its checkpoint; a second one does not, nor do several processes"
+        if num_distrib()>1: yield; return
         with handling(self._ask) as self.old: yield
         if self.stop: self._obey()
 
@@ -274,13 +283,13 @@ class CSVHistory(Callback):
 try: import fcntl
 except ImportError: fcntl = None # Windows
 
-# %% ../nbs/06_checkpoint.ipynb #97c45f4b
+# %% ../nbs/06_checkpoint.ipynb #9e9bd0b4
 @contextmanager
 def only_process(
     folder # That is written to
 ):
-    "Within, no other process gets within for the same `folder`: an `OSError` there names this one. (On Windows nobody is refused)"
-    if fcntl is None: yield; return
+    "Within, no other job gets within for the same `folder`: an `OSError` there names this process. (On Windows nobody is refused)"
+    if fcntl is None or rank_distrib(): yield; return
     with (path := Path(folder)/'lock').open('a+') as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError: raise OSError(f'{folder}: process {path.read_text()} is writing there') from None

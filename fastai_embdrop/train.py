@@ -8,13 +8,14 @@ Docs: https://fastai-embdrop.github.io/fastai_embdrop/train.html.md"""
 
 # %% auto #0
 __all__ = ['run_files', 'Settings', 'check_settings', 'to_ini', 'read_ini', 'parse_args', 'find_device', 'check_out',
-           'run_learner', 'prepare_run', 'save_run', 'check_same', 'fit_run', 'finished_run', 'train_lm', 'load_run',
-           'main']
+           'run_learner', 'prepare_run', 'save_run', 'check_same', 'all_processes', 'fit_run', 'finished_run',
+           'train_lm', 'load_run', 'main']
 
-# %% ../nbs/04_train.ipynb #c097997a
+# %% ../nbs/04_train.ipynb #a3c81258
 import argparse,configparser,json,math,multiprocessing,platform,re,sys,tempfile,time,warnings
 import fastai,fastcore
 import matplotlib.pyplot as plt
+from contextlib import nullcontext
 from dataclasses import asdict,dataclass,fields
 from functools import partial
 from pathlib import Path
@@ -28,14 +29,14 @@ from .checkpoint import CSVHistory,Checkpoint,checkpoint_files,handling,last_che
 from .corpus import fingerprint,lm_dataloaders,read_corpus,read_text,tokenize
 from .dropout import check_p
 
-# %% ../nbs/04_train.ipynb #2514c567
+# %% ../nbs/04_train.ipynb #7ccc838e
 @dataclass
 class Settings:
     "The settings of a run; a `ValueError` names one that is not of its type or out of its range"
     data:str='docstrings' # Text: `docstrings` (of numpy, scipy, pandas, scikit-learn), a folder, a .txt file, or a .csv file with a column `text`
     out:str='run' # Folder the run is written to
     epochs:int=4 # Passes over the training text
-    bs:int=32 # Rows in a batch
+    bs:int=32 # Rows in a batch, for each process
     seq_len:int=64 # Tokens in a row of a batch
     lr:float=1e-2 # Highest learning rate of the one-cycle schedule
     emb_sz:int=200 # Features of an embedding
@@ -118,13 +119,14 @@ def parse_args(
     ini,*modes = map(flags.pop, ('ini','show','overwrite','resume'))
     return Settings(**{**(read_ini(ini) if ini else {}), **flags}),*modes
 
-# %% ../nbs/04_train.ipynb #49b92e5a
+# %% ../nbs/04_train.ipynb #f76205a4
 def find_device(
     device:str='auto', # `auto`, or torch's name of a device
     precision:str='fp32' # fp32, fp16 or bf16
 )->torch.device: # A device that holds tensors
     "The device to train on; a `ValueError` if it is missing or cannot train in `precision`"
     try:
+        if device in ('auto','cuda') and num_distrib()>1 and torch.cuda.is_available(): torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
         d = default_device() if device=='auto' else torch.device(device)
         torch.zeros(1, device=d).item()
     except (RuntimeError,AssertionError) as e: raise ValueError(f'device={device}: {str(e).splitlines()[0]}') from None
@@ -149,7 +151,7 @@ def check_out(
     except OSError as e: raise OSError(f'{out}: cannot be written to ({e.strerror})') from None
     return out
 
-# %% ../nbs/04_train.ipynb #068ab676
+# %% ../nbs/04_train.ipynb #0cf99b51
 def run_learner(
     dls:DataLoaders, # Language-model loaders
     s:Settings # Settings of the run
@@ -168,7 +170,7 @@ def prepare_run(
     dls = lm_dataloaders(*toks, tok=s.tok, min_freq=s.min_freq, max_vocab=s.max_vocab, bs=s.bs, seq_len=s.seq_len, device=device)
     learn = run_learner(dls, s)
     return learn,dict(
-        settings=asdict(s), device=str(device), threads=torch.get_num_threads(), fingerprint=fingerprint(corpus),
+        settings=asdict(s), processes=(n := max(1, num_distrib())), global_bs=s.bs*n, device=str(device), threads=torch.get_num_threads(), fingerprint=fingerprint(corpus),
         versions={o.__name__: str(o.__version__) for o in (torch,fastai,fastcore)} | dict(fastai_embdrop=__version__, python=platform.python_version()),
         tokens={k: sum(map(len, o)) for k,o in zip(corpus._fields, toks)}, vocab_sz=len(dls.vocab),
         params=sum(p.numel() for p in learn.model.parameters()), prompt=' '.join(corpus.valid[0].split()[:8]))
@@ -199,8 +201,8 @@ def save_run(
     text = learn.predict(config['prompt'], n_words=60, temperature=.75, decoder=decoder, no_bar=True)
     (out/'sample.txt').write_text(f"{config['prompt']}\n\n{text}\n", encoding='utf-8')
 
-# %% ../nbs/04_train.ipynb #f8185df0
-def _same(c):  return {k:v for k,v in c['settings'].items() if k not in ('data','out','device','save_every')} | dict(device=c['device'], text=c['fingerprint'][:8])
+# %% ../nbs/04_train.ipynb #90af680c
+def _same(c):  return {k:v for k,v in c['settings'].items() if k not in ('data','out','device','save_every')} | dict(device=c['device'], text=c['fingerprint'][:8], processes=c.get('processes', 1))
 def _alike(c): return c['versions'] | dict(threads=c['threads'])
 def _diff(a, b): return ', '.join(f'{k}: {a[k]} -> {b[k]}' for k in b if k in a and a[k]!=b[k])
 
@@ -212,7 +214,14 @@ def check_same(
     if d := _diff(_same(old), _same(new)): raise ValueError(f'a run is resumed with the settings it was begun with, not {d}')
     if d := _diff(_alike(old), _alike(new)): warnings.warn(f'the result may differ from that of a run without a break: {d}')
 
-# %% ../nbs/04_train.ipynb #63db185a
+# %% ../nbs/04_train.ipynb #fc6f7536
+def all_processes(learn):
+    "`lm_distrib_ctx` where there are several processes; `accelerate` is needed there alone"
+    if num_distrib()<2: return nullcontext()
+    from fastai_embdrop.distrib import lm_distrib_ctx
+    return lm_distrib_ctx(learn)
+
+# %% ../nbs/04_train.ipynb #121fab27
 def fit_run(
     learn:LMLearner, # As from `prepare_run`
     s:Settings, # Settings of the run
@@ -222,16 +231,17 @@ def fit_run(
 ):
     "Train, and write checkpoints and `history.csv`"
     state = last_checkpoint(out) if resume else None
-    if state: check_same(state['info'], config)
-    else:
-        for f in (*checkpoint_files, *run_files): (out/f).unlink(missing_ok=True)
+    if not rank_distrib():
+        if state: check_same(state['info'], config)
+        else:
+            for f in (*checkpoint_files, *run_files): (out/f).unlink(missing_ok=True)
     getattr(learn, f'to_{s.precision}')()
     ckpt = Checkpoint(out, s.save_every, state, config)
-    with ckpt.signals(): learn.fit_one_cycle(s.epochs, s.lr, cbs=[AnnealEmbedP(s.start, s.end, _scheds[s.sched]), CSVHistory(), ckpt])
+    with all_processes(learn), ckpt.signals(): learn.fit_one_cycle(s.epochs, s.lr, cbs=[AnnealEmbedP(s.start, s.end, _scheds[s.sched]), CSVHistory(), ckpt])
     learn.to_fp32()
     if not math.isfinite(learn.recorder.values[-1][1]): raise ValueError(f"lr={s.lr}: the loss is not finite any more, see {out/'history.csv'}")
 
-# %% ../nbs/04_train.ipynb #408d7998
+# %% ../nbs/04_train.ipynb #f377536b
 def finished_run(
     s:Settings, # Settings of the run
     device # Where to put the model
@@ -241,10 +251,10 @@ def finished_run(
     if any((out/f).exists() for f in checkpoint_files) or not all((out/f).exists() for f in run_files): return
     with only_process(out): learn,old = load_run(out, str(device)),json.loads(read_text(out/'config.json'))
     check_same(old, {**old, 'settings':asdict(s), 'device':str(device)})
-    print(f'{out}: this run is finished')
+    if not rank_distrib(): print(f'{out}: this run is finished')
     return learn
 
-# %% ../nbs/04_train.ipynb #2feb42e1
+# %% ../nbs/04_train.ipynb #46cfb1b6
 def train_lm(
     s:Settings, # Settings of the run
     overwrite:bool=False, # Replace the run that `s.out` holds?
@@ -255,11 +265,13 @@ def train_lm(
     if resume and (done := finished_run(s, device)): return done
     out,t = check_out(s.out, overwrite, resume),time.time()
     learn,config = prepare_run(s, device)
-    print('{tokens[train]:,} training and {tokens[valid]:,} held-out tokens, {vocab_sz:,} words, {params:,} parameters, on {device}'.format(**config))
+    with all_processes(learn): pass # what it refuses, such as too little text, is refused here
+    if not rank_distrib(): print('{tokens[train]:,} training and {tokens[valid]:,} held-out tokens, {vocab_sz:,} words, {params:,} parameters, on {device}'.format(**config))
     out.mkdir(parents=True, exist_ok=True)
     with only_process(out):
         fit_run(learn, s, out, config, resume)
-        save_run(learn, out, config)
+        if rank_distrib(): return learn
+        with modified_env('WORLD_SIZE'): save_run(learn, out, config)
         for f in checkpoint_files: (out/f).unlink(missing_ok=True)
     print(*(f'{k} {v:.4g}' for k,v in config['results'].items()), f'time {format_time(time.time()-t)}', sep=', ')
     print(*(out/f for f in run_files), sep='\n')
