@@ -151,7 +151,7 @@ def check_out(
     except OSError as e: raise OSError(f'{out}: cannot be written to ({e.strerror})') from None
     return out
 
-# %% ../nbs/04_train.ipynb #0cf99b51
+# %% ../nbs/04_train.ipynb #414d252f
 def run_learner(
     dls:DataLoaders, # Language-model loaders
     s:Settings # Settings of the run
@@ -170,9 +170,9 @@ def prepare_run(
     dls = lm_dataloaders(*toks, tok=s.tok, min_freq=s.min_freq, max_vocab=s.max_vocab, bs=s.bs, seq_len=s.seq_len, device=device)
     learn = run_learner(dls, s)
     return learn,dict(
-        settings=asdict(s), processes=(n := max(1, num_distrib())), global_bs=s.bs*n, device=str(device), threads=torch.get_num_threads(), fingerprint=fingerprint(corpus),
+        settings=asdict(s), processes=(n := max(1, num_distrib())), global_bs=s.bs*n, device=str(device), threads=torch.get_num_threads(),
         versions={o.__name__: str(o.__version__) for o in (torch,fastai,fastcore)} | dict(fastai_embdrop=__version__, python=platform.python_version()),
-        tokens={k: sum(map(len, o)) for k,o in zip(corpus._fields, toks)}, vocab_sz=len(dls.vocab),
+        fingerprint=fingerprint(corpus), tokens={k: sum(map(len, o)) for k,o in zip(corpus._fields, toks)}, vocab_sz=len(dls.vocab),
         params=sum(p.numel() for p in learn.model.parameters()), prompt=' '.join(corpus.valid[0].split()[:8]))
 
 # %% ../nbs/04_train.ipynb #8c06603f
@@ -201,8 +201,10 @@ def save_run(
     text = learn.predict(config['prompt'], n_words=60, temperature=.75, decoder=decoder, no_bar=True)
     (out/'sample.txt').write_text(f"{config['prompt']}\n\n{text}\n", encoding='utf-8')
 
-# %% ../nbs/04_train.ipynb #90af680c
-def _same(c):  return {k:v for k,v in c['settings'].items() if k not in ('data','out','device','save_every')} | dict(device=c['device'], text=c['fingerprint'][:8], processes=c.get('processes', 1))
+# %% ../nbs/04_train.ipynb #2c976f7b
+def _same(c):
+    kept = {k:v for k,v in c['settings'].items() if k not in ('data','out','device','save_every')}
+    return kept | dict(device=c['device'], text=c['fingerprint'][:8], processes=c.get('processes', 1))
 def _alike(c): return c['versions'] | dict(threads=c['threads'])
 def _diff(a, b): return ', '.join(f'{k}: {a[k]} -> {b[k]}' for k in b if k in a and a[k]!=b[k])
 
@@ -221,7 +223,7 @@ def all_processes(learn):
     from fastai_embdrop.distrib import lm_distrib_ctx
     return lm_distrib_ctx(learn)
 
-# %% ../nbs/04_train.ipynb #121fab27
+# %% ../nbs/04_train.ipynb #cbd43691
 def fit_run(
     learn:LMLearner, # As from `prepare_run`
     s:Settings, # Settings of the run
@@ -237,7 +239,8 @@ def fit_run(
             for f in (*checkpoint_files, *run_files): (out/f).unlink(missing_ok=True)
     getattr(learn, f'to_{s.precision}')()
     ckpt = Checkpoint(out, s.save_every, state, config)
-    with all_processes(learn), ckpt.signals(): learn.fit_one_cycle(s.epochs, s.lr, cbs=[AnnealEmbedP(s.start, s.end, _scheds[s.sched]), CSVHistory(), ckpt])
+    cbs = [AnnealEmbedP(s.start, s.end, _scheds[s.sched]), CSVHistory(), ckpt]
+    with all_processes(learn), ckpt.signals(): learn.fit_one_cycle(s.epochs, s.lr, cbs=cbs)
     learn.to_fp32()
     if not math.isfinite(learn.recorder.values[-1][1]): raise ValueError(f"lr={s.lr}: the loss is not finite any more, see {out/'history.csv'}")
 
