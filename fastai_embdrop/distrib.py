@@ -20,7 +20,7 @@ from fastai.learner import Learner
 from fastai.text.data import LMDataLoader
 from fastai.torch_core import default_device, num_distrib, rank_distrib
 
-# %% ../nbs/07_distrib.ipynb #bd27d759
+# %% ../nbs/07_distrib.ipynb #53a4e080
 class LMDistributedDL(DistributedDL):
     "One rank's rows of the text: `dl.bs` of the `dl.bs` x `world_size` rows of each batch"
     _default = 'dl'
@@ -30,6 +30,7 @@ class LMDistributedDL(DistributedDL):
         world_size:int=None, # Number of ranks (None: of processes)
         device=None # Device of the batches (None: that of `dl`)
     ):
+        if not isinstance(dl, LMDataLoader): raise TypeError(f'{type(dl).__name__}: only the rows of an LMDataLoader can be shared out')
         n = ifnone(world_size, num_distrib())
         super().__init__(dl.new(bs=dl.bs*n, cache=dl.items.cache), rank, n, device)
         if not len(self.dl): raise ValueError(f'{sum(dl.lens)} tokens do not fill the {self.dl.bs} rows of {n} processes')

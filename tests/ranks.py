@@ -17,12 +17,13 @@ def dls(bs):
 class Seen(Callback):
     "The ids that were read, `embed_p` and the words that were dropped, batch by batch"
     def before_fit(self):
-        self.read,self.held,self.ps,self.dropped = [],[],[],[]
+        self.read,self.ps,self.dropped = [],[],[]
         enc = get_model(self.model)[0]
         self.hook = enc.encoder_dp.register_forward_hook(self._look)
     def _look(self, m, inp, out):
-        (self.read if self.training else self.held).append(inp[0].as_subclass(torch.Tensor).clone())
-        if self.training: self.ps.append(m.embed_p), self.dropped.append(set(inp[0][(out==0).all(-1)].tolist()))
+        if not self.training: return
+        words = inp[0].as_subclass(torch.Tensor)
+        self.read.append(words.clone()), self.ps.append(m.embed_p), self.dropped.append(set(words[(out==0).all(-1)].tolist()))
     def after_fit(self): self.hook.remove()
 
 def weights(learn): return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
@@ -32,7 +33,7 @@ def dropped_out(ctx):
     set_seed(rank_distrib())
     learn,seen = awd_lstm_learner(dls(4), {**SMALL, 'embed_p':.5}, metrics=[perplexity, accuracy]),Seen()
     with ctx(learn), learn.no_logging(): learn.fit(3, 1e-2, cbs=[AnnealEmbedP(.6, .1), seen])
-    return dict(steps=learn.train_iter, read=seen.read, held=seen.held, ps=seen.ps, dropped=seen.dropped, weights=weights(learn), values=list(learn.recorder.values))
+    return dict(steps=learn.train_iter, read=seen.read, ps=seen.ps, dropped=seen.dropped, weights=weights(learn), values=list(learn.recorder.values))
 
 def without_dropout(ctx, bs=4):
     "A fit that one process can repeat with twice the rows, and a validation after it"

@@ -2,16 +2,17 @@
 
 Tests marked `both` fail on fastai's loader (xfail, strict), as in test_defects.py. What the processes do is in ranks.py.
 """
-import json, os, random, subprocess, sys
+import json, os, random, shutil, subprocess, sys
 from contextlib import nullcontext
 from pathlib import Path
 import pandas as pd, pytest, torch
 from fastai.callback.schedule import SchedCos
+from fastai.data.core import TfmdDL
 from fastai.distributed import DistributedDL
 from fastai.text.data import LMDataLoader
-from fastai_embdrop.checkpoint import checkpoint_files, last_checkpoint
+from fastai_embdrop.checkpoint import Checkpoint, last_checkpoint
 from fastai_embdrop.distrib import LMDistributedDL, lm_distrib_ctx
-from fastai_embdrop.train import run_files
+from fastai_embdrop.train import main, run_files
 from ranks import awd_lstm_learner, dls, without_dropout
 from conftest import SMALL, random_tokens
 
@@ -71,6 +72,9 @@ def test_worker_processes_read_the_same():
 def test_too_little_text():
     with pytest.raises(ValueError, match='30 tokens do not fill the 32 rows of 2 processes'): LMDistributedDL(loader(30, 16, 5), 0, 2)
 
+def test_other_loaders_are_refused():
+    with pytest.raises(TypeError, match='TfmdDL: only the rows of an LMDataLoader'): LMDistributedDL(TfmdDL([1,2], bs=1), 0, 2)
+
 def test_one_process_is_left_alone():
     learn = awd_lstm_learner(dls(4), SMALL)
     loaders,state = learn.dls.loaders,random.getstate()
@@ -93,7 +97,8 @@ def test_every_rank_follows_the_same_embed_p(ranks):
 
 def test_ranks_draw_different_masks(ranks):
     a,b = (r['dropped_out'] for r in ranks)
-    agree = [(w in p)==(w in q) for x,y,p,q in zip(a['read'], b['read'], a['dropped'], b['dropped']) for w in set(x.flatten().tolist()) & set(y.flatten().tolist())]
+    batches = zip(a['read'], b['read'], a['dropped'], b['dropped'])
+    agree = [(w in p)==(w in q) for x,y,p,q in batches for w in set(x.flatten().tolist()) & set(y.flatten().tolist())]
     assert .4 < sum(agree)/len(agree) < .75 and len(agree)>200
 
 def test_a_held_seed_is_each_ranks_own(ranks): assert ranks[0]['held']!=ranks[1]['held']
@@ -121,18 +126,21 @@ def test_one_rank_may_predict_alone(ranks): assert ranks[0]['alone'].startswith(
 
 # The command
 
-def train(folder, out, *args, kill_at=-1):
-    "The command in two processes, on 17 batches in each of two epochs"
-    flags = dict(data=folder/'text.txt', out=folder/out, epochs=2, bs=4, seq_len=8, emb_sz=8, n_hid=12, tok='split', min_freq=1, device='cpu', save_every=5)
-    return torchrun('embdrop_train.py', *[o for k,v in flags.items() for o in (f'--{k}', v)], *args, KILL_AT=str(kill_at))
+def flags(folder, out, *args):
+    "Of a run with 17 batches in each of two epochs"
+    res = dict(data=folder/'text.txt', out=folder/out, epochs=2, bs=4, seq_len=8, emb_sz=8, n_hid=12, tok='split', min_freq=1, device='cpu', save_every=5)
+    return [str(o) for k,v in res.items() for o in (f'--{k}', v)] + list(args)
+
+def train(*args, kill_at=-1): return torchrun('embdrop_train.py', *flags(*args), KILL_AT=str(kill_at))
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    "A folder with the run `whole`, and `killed`, begun and gone on with; and the three jobs"
+    "A folder with the runs `whole`, `killed`, begun and gone on with, and `cut`, as `killed` was left; and the three jobs"
     d = tmp_path_factory.mktemp('runs')
     (d/'text.txt').write_text(' '.join(random_tokens(1200)))
     whole,killed = train(d, 'whole'),train(d, 'killed', kill_at=23)
     assert last_checkpoint(d/'killed')['train_iter']==20
+    shutil.copytree(d/'killed', d/'cut')
     return d,(whole, killed, train(d, 'killed', '--resume'))
 
 def test_a_dead_rank_ends_the_job(runs):
@@ -144,6 +152,17 @@ def test_a_resumed_job_ends_like_one_that_was_not_killed(runs):
     for f in 'model.pth','sample.txt','losses.png','schedule.png': assert (a/f).read_bytes()==(b/f).read_bytes()
     hists = [pd.read_csv(o/'history.csv').drop(columns='time') for o in (a,b)]
     assert hists[0].equals(hists[1]) and len(hists[0])==2
+
+def test_a_run_goes_on_in_as_many_processes(runs, capsys):
+    d = runs[0]
+    assert main(flags(d, 'cut', '--resume'))==2 and 'processes: 2 -> 1' in capsys.readouterr().err
+
+def test_a_checkpoint_is_of_so_many_processes(tmp_path):
+    learn = awd_lstm_learner(dls(4), SMALL)
+    learn.fit(1, cbs=Checkpoint(tmp_path))
+    state = last_checkpoint(tmp_path)
+    state['ranks'] *= 2
+    with pytest.raises(ValueError, match='of 2 processes, the fit of 1'): learn.fit(1, cbs=Checkpoint(tmp_path, state=state))
 
 def test_one_rank_writes_and_prints(runs):
     for o in 'whole','killed': assert sorted(os.listdir(runs[0]/o))==sorted(run_files)
