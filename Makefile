@@ -1,6 +1,7 @@
 # `make train` and `make test` set up all they need in .venv, once.
 PYTHON ?= python3
 BIN    := .venv/bin
+SHELL  := /bin/bash
 SETUP  := .venv/.installed
 
 .PHONY: train test readme docs export
@@ -13,6 +14,27 @@ test: export OMP_NUM_THREADS = 1
 test: $(SETUP)
 	$(BIN)/nbdev-test --do-print --n-workers 2
 	$(BIN)/pytest
+
+# One target for each of the long tests; what they print is in build/long. `make test-long` runs all and ends with their counts.
+LONG := kills properties mutants coverage shuffled alone soak
+SEED ?= $(shell date +%Y%m%d)
+kills:      CMD = EMBDROP_KILLS=25 $(BIN)/pytest -s tests/test_resume.py
+properties: CMD = HYPOTHESIS_PROFILE=long $(BIN)/pytest tests/test_properties.py
+mutants:    CMD = $(BIN)/python tests/mutants.py
+coverage:   CMD = $(BIN)/pytest --cov && $(BIN)/python tests/covered.py
+shuffled:   CMD = $(BIN)/pytest -p randomly --randomly-seed=$(SEED)
+alone:      CMD = $(BIN)/python tests/alone.py
+soak:       CMD = EMBDROP_LONG=1 $(BIN)/pytest tests/test_soak.py
+
+.PHONY: test-long $(LONG)
+test-long:
+	rm -rf build/long
+	$(MAKE) --keep-going $(LONG); status=$$?; cd build/long; grep -E '^([0-9,]+ (kills|examples)|mutants|coverage|alone|soak)|(passed|failed).* in ' *; exit $$status
+
+$(LONG): export OMP_NUM_THREADS = 1
+$(LONG): $(SETUP)
+	@mkdir -p build/long
+	set -o pipefail; ($(CMD)) 2>&1 | tee build/long/$@
 
 # Bring the library and README.md in line with the notebooks.
 export: $(SETUP)

@@ -8,7 +8,7 @@ Docs: https://fastai-embdrop.github.io/fastai_embdrop/train.html.md"""
 
 # %% auto #0
 __all__ = ['run_files', 'find_device', 'check_out', 'run_learner', 'prepare_run', 'save_run', 'check_same', 'all_processes',
-           'fit_run']
+           'fit_run', 'finished_run', 'train_lm', 'read_settings', 'count_weights', 'read_run', 'load_run', 'main']
 
 # %% ../nbs/04_train.ipynb #20d78aee
 import json,math,multiprocessing,os,platform,re,sys,tempfile,time,warnings
@@ -135,7 +135,7 @@ def all_processes(learn):
     from fastai_embdrop.distrib import lm_distrib_ctx
     return lm_distrib_ctx(learn)
 
-# %% ../nbs/04_train.ipynb #5dd1c1ee
+# %% ../nbs/04_train.ipynb #c25b2a1b
 def fit_run(
     learn:LMLearner, # As from `prepare_run`
     s:Settings, # Settings of the run
@@ -153,3 +153,114 @@ def fit_run(
     ckpt = Checkpoint(out, s.save_every, state, config)
     cbs = [AnnealEmbedP(s.start, s.end, scheds[s.sched]), CSVHistory(), ckpt]
     with all_processes(learn), ckpt.signals(): learn.fit_one_cycle(s.epochs, s.lr, cbs=cbs)
+    learn.to_fp32()
+    if not math.isfinite(learn.recorder.values[-1][1]): raise ValueError(f"lr={s.lr}: the loss is not finite any more, see {out/'history.csv'}")
+
+# %% ../nbs/04_train.ipynb #b62aa54f
+def finished_run(
+    s:Settings, # Settings of the run
+    device # Where to put the model
+): # The `LMLearner` of the run in `s.out`; None if it lacks a file or has a checkpoint
+    "A run that is done, for which there is nothing to resume; a `ValueError` if `s` is not what it was begun with"
+    out = Path(s.out)
+    if any((out/f).exists() for f in checkpoint_files) or not all((out/f).exists() for f in run_files): return
+    with only_process(out): learn,old = load_run(out, str(device)),read_json(out/'config.json')
+    check_same(old, {**old, 'settings':asdict(s), 'device':str(device)})
+    if not rank_distrib(): print(f'{out}: this run is finished')
+    return learn
+
+# %% ../nbs/04_train.ipynb #46cfb1b6
+def train_lm(
+    s:Settings, # Settings of the run
+    overwrite:bool=False, # Replace the run that `s.out` holds?
+    resume:bool=False # Go on with it, if it was begun?
+)->LMLearner: # Trained
+    "Train, write the run to `s.out` and print what came of it; bad input raises before anything is written"
+    device = find_device(s.device, s.precision)
+    if resume and (done := finished_run(s, device)): return done
+    out,t = check_out(s.out, overwrite, resume),time.time()
+    learn,config = prepare_run(s, device)
+    with all_processes(learn): pass # what it refuses, such as too little text, is refused here
+    if not rank_distrib(): print('{tokens[train]:,} training and {tokens[valid]:,} held-out tokens, {vocab_sz:,} words, {params:,} parameters, on {device}'.format(**config))
+    out.mkdir(parents=True, exist_ok=True)
+    with only_process(out):
+        fit_run(learn, s, out, config, resume)
+        if rank_distrib(): return learn
+        with modified_env('WORLD_SIZE'): save_run(learn, out, config)
+        for f in checkpoint_files: (out/f).unlink(missing_ok=True)
+    print(*(f'{k} {v:.4g}' for k,v in config['results'].items()), f'time {format_time(time.time()-t)}', sep=', ')
+    print(*(out/f for f in run_files), sep='\n')
+    return learn
+
+# %% ../nbs/04_train.ipynb #b8518be7
+def read_settings(
+    path # `config.json` of a run
+)->Settings:
+    "The settings of a run; a `ValueError` names the file, and a key that is unknown or not of its type"
+    config,types = read_json(path),{f.name:f.type for f in fields(Settings)}
+    s = config.get('settings') if isinstance(config, dict) else None
+    if not isinstance(s, dict): raise ValueError(f'{path}: no settings in it')
+    if bad := [k for k,v in s.items() if type(v) is not types.get(k)]: raise ValueError(f'{path}: {bad[0]!r} is unknown or not of its type')
+    try: return Settings(**s)
+    except ValueError as e: raise ValueError(f'{path}: {e}') from None
+
+# %% ../nbs/04_train.ipynb #56a4e4ca
+def count_weights(
+    s:Settings, # Sizes of a model
+    V:int # Words
+)->int: # Numbers in its parameters
+    "The size of a run's model by arithmetic alone"
+    e,h,n = s.emb_sz,s.n_hid,s.n_layers
+    lstm = lambda i,o: 4*o*(i+o+2)
+    return V*(e+1) + (lstm(e, e) if n==1 else lstm(e, h) + (n-2)*lstm(h, h) + lstm(h, e))
+
+# %% ../nbs/04_train.ipynb #618f9a22
+def read_run(
+    path # Folder of a run
+)->tuple: # `Settings`, vocabulary, weights
+    "What makes a run's model, checked before there is one; a `ValueError` names the file at fault"
+    cfg,voc,pth = (Path(path)/f for f in ('config.json','vocab.json','model.pth'))
+    s,vocab,wgts = read_settings(cfg),read_vocab(voc),load_weights(pth)
+    need,held = 4*count_weights(s, len(vocab)),pth.stat().st_size
+    if need>held or s.n_layers>len(wgts): raise ValueError(f'{cfg}: a model of {s.n_layers} layers and {need} bytes, but {pth.name} has {held} bytes')
+    try:
+        with torch.device('meta'): want = awd_lstm_lm(len(vocab), _sizes(s), s.drop_mult).state_dict()
+    except ValueError as e: raise ValueError(f'{cfg}: {e}') from None
+    form = lambda o, k: f'{tuple(o[k].shape)} {o[k].dtype}' if k in o else 'missing'
+    for k in {**want, **wgts}:
+        if form(want, k)!=form(wgts, k): raise ValueError(f'{pth}: {k!r} is {form(wgts, k)}, by settings and vocabulary {form(want, k)}')
+        if not wgts[k].isfinite().all(): raise ValueError(f'{pth}: {k!r} is not finite')
+    return s,vocab,wgts
+
+# %% ../nbs/04_train.ipynb #b9cb9dca
+def load_run(
+    path, # Folder of a run
+    device:str='auto' # Where to put the model
+)->LMLearner: # For prediction
+    "The `Learner` of a run, from its weights, vocabulary and settings, as `read_run` has checked them"
+    device,(s,vocab,wgts) = find_device(device),read_run(path)
+    s.out = str(path)
+    learn = run_learner(lm_dataloaders(tok=s.tok, vocab=vocab, device=device), s)
+    learn.model.to(device).load_state_dict(wgts)
+    return learn
+
+# %% ../nbs/04_train.ipynb #e86a182c
+def _end(n, frame):
+    "A signal handler: exit with the shell's status for signal `n`, and leave no worker behind"
+    for p in multiprocessing.active_children(): p.kill()
+    raise SystemExit(128+n)
+
+def main(
+    argv:list=None # Arguments (None: those of the command)
+): # Exit status
+    "`embdrop-train`: status 2, and one line on stderr, for bad input; 130 after SIGINT, 143 after SIGTERM"
+    say = lambda msg, *_, **__: print('embdrop-train:', *str(msg).split(), file=sys.stderr)
+    with handling(_end), warnings.catch_warnings():
+        warnings.showwarning = say
+        try:
+            s,show,overwrite,resume = parse_args(argv)
+            if show: print(to_ini(s), end='')
+            else: train_lm(s, overwrite, resume)
+        except (OSError,ValueError) as e:
+            say(re.sub(r'(?s)^Exception occured in .*?:\n\t', '', str(e))) # fastai's frame around the error of a callback
+            return 2

@@ -1,5 +1,5 @@
-"Shared by all tests: no window for plots, one thread, small data made here, the skip of `cuda` tests, and hypothesis' profiles."
-import os, tempfile
+"Shared by all tests: no window for plots, one thread, small data made here, the skips of `cuda` and `long` tests, and hypothesis' profiles."
+import os, shutil, tempfile
 from collections import Counter
 os.environ.setdefault('MPLBACKEND', 'agg')
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
@@ -25,6 +25,7 @@ def pytest_terminal_summary(terminalreporter):
 
 def pytest_runtest_setup(item):
     if 'cuda' in item.keywords and not torch.cuda.is_available(): pytest.skip('no CUDA device')
+    if 'long' in item.keywords and 'EMBDROP_LONG' not in os.environ: pytest.skip('long: set EMBDROP_LONG=1')
 
 def random_tokens(n, seed=0, V=40):
     "`n` tokens of a `V`-word language with Zipf's frequencies"
@@ -42,3 +43,14 @@ def _quiet(monkeypatch):
     torch.set_num_threads(1)
     monkeypatch.setattr(defaults, 'callbacks', [c for c in defaults.callbacks if c is not ProgressCallback])
     monkeypatch.setattr('fastai.learner.print', lambda *_: None, raising=False)
+
+def graphs(): return torch._dynamo.utils.counters['stats']['unique_graphs']
+
+@pytest.fixture
+def dynamo():
+    torch._dynamo.reset(); torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+needs_compiler = pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='torch.compile needs a C++ compiler on a CPU')
+compiling = pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning') # raised inside torch's compiler

@@ -7,18 +7,21 @@ import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.fp16 import AMPMode, MixedPrecision
-from fastai.callback.progress import CSVLogger
+from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.schedule import SchedCos, SchedExp
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.learner import Recorder
 from fastai.text.all import language_model_learner
 from fastai.text.models import awdlstm as fastai_awdlstm
 from fastai_embdrop.anneal import (AnnealDropMult, AnnealEmbedP, DropoutScheduler, SchedCurriculum, SchedEarly, SchedLate, SchedPiecewise,
-                                   drop_attrs, find_dropouts)
+                                   drop_attrs, find_dropouts, sched_ps)
 from fastai_embdrop.awdlstm import awd_lstm_learner, awd_lstm_lm, awd_lstm_lm_config
 from conftest import SMALL, small_dls
 
 f = SchedCos(.5, .05)
+
+@pytest.fixture
+def dls(): return small_dls(300)
 
 @pytest.fixture
 def learn(dls, tmp_path): return awd_lstm_learner(dls, SMALL, path=tmp_path)
@@ -47,9 +50,10 @@ class Watch(Callback):
     def __init__(self, seen): self.seen = seen
     def after_pred(self): self.seen.append(self.model[0].encoder_dp.embed_p)
 
+@pytest.mark.parametrize('epochs', [None, 3])
 @pytest.mark.parametrize('fit', ['fit', 'fit_one_cycle'])
-def test_start_epoch_continues(learn, fit):
-    getattr(learn, fit)(3, start_epoch=2, cbs=AnnealEmbedP(.5, .05))
+def test_start_epoch_continues(learn, fit, epochs):
+    getattr(learn, fit)(3, start_epoch=2, cbs=AnnealEmbedP(.5, .05, epochs=epochs))
     np.testing.assert_allclose(applied(learn), plan(len(learn.dls.train), 3, start=2), atol=1e-9)
 
 def test_gradient_accumulation(learn):
@@ -73,6 +77,8 @@ def test_record_stands_beside_lr_and_mom(learn, first):
     else: learn.fit_one_cycle(1, cbs=AnnealEmbedP(.5, .05))
     assert {k:len(v) for k,v in learn.recorder.hps.items()}==dict.fromkeys(['lr','mom','embed_p'], len(learn.dls.train))
     learn.recorder.plot_sched()
+
+def test_runs_after_the_recorder_and_before_its_readers(): assert Recorder.order < DropoutScheduler.order < CSVLogger.order==ProgressCallback.order
 
 def test_two_schedulers_one_record(learn):
     learn.fit_one_cycle(1, cbs=[DropoutScheduler({'weight_p':f}), AnnealEmbedP(.5, .05)])
@@ -161,14 +167,16 @@ def test_bad_schedule_stops_before_the_batch(learn, sched, msg):
     assert all(torch.equal(a,b) for a,b in zip(w, learn.model.parameters()))
     assert learn.model[0].encoder_dp.embed_p==awd_lstm_lm_config['embed_p']
 
+def test_a_schedules_own_value_is_its_value_times_one(): assert sched_ps(f, 0)==[.5] and sched_ps(f, 0, 'p', (1, .5))==[.5, .25]
+
 @pytest.mark.parametrize('start,end', [(-.1,.5), (.5,1.1), (float('nan'),0), ('.5',0)])
 def test_bad_ends_refused_at_once(start, end):
     with pytest.raises(ValueError, match='start=|end='): AnnealEmbedP(start, end)
 
-def test_without_recorder(learn):
+def test_without_recorder_and_without_an_end(learn):
     learn.remove_cb(Recorder)
-    learn.fit(1, cbs=AnnealEmbedP(.5, .05))
-    assert learn.model[0].encoder_dp.embed_p < .06
+    learn.fit(1, cbs=AnnealEmbedP(.5))
+    assert 0 < learn.model[0].encoder_dp.embed_p < .02
 
 def test_less_than_100_microseconds_a_batch(learn):
     cb = AnnealEmbedP(.5, .05)
@@ -195,11 +203,15 @@ def test_curriculum_is_morerios():
 @pytest.mark.parametrize('make,msg', [
     (lambda: SchedEarly(1.2, .5), 'p=1.2'), (lambda: SchedEarly(.2, 0), 'until=0'), (lambda: SchedEarly(.2, 2), 'until=2'),
     (lambda: SchedLate(.2, -1), 'after=-1'), (lambda: SchedLate(2, .5), 'p=2'), (lambda: SchedCurriculum(.4, 0), 'gamma=0'),
-    (lambda: SchedCurriculum(.4, float('nan')), 'gamma=nan'), (lambda: SchedCurriculum(-1, 1), 'p=-1'),
-    (lambda: SchedPiecewise([]), 'points|unpack'), (lambda: SchedPiecewise([(0,.1)]), 'from 0 to 1'), (lambda: SchedPiecewise([(0,.1),(.9,0)]), 'from 0 to 1'),
-    (lambda: SchedPiecewise([(0,.1),(.5,0),(.5,.1),(1,0)]), 'rise'), (lambda: SchedPiecewise([(0,1.1),(1,0)]), 'p=1.1'), (lambda: SchedPiecewise([0,1]), 'pairs')])
+    (lambda: SchedCurriculum(.4, -1), 'gamma=-1'), (lambda: SchedCurriculum(.4, float('nan')), 'gamma=nan'), (lambda: SchedCurriculum(-1, 1), 'p=-1')])
 def test_named_schedules_refuse(make, msg):
     with pytest.raises(ValueError, match=msg): make()
+
+@pytest.mark.parametrize('points,msg', [
+    ([], 'points|unpack'), ([0,1], 'pairs'), ([(0,.1)], 'from 0 to 1'), ([(.1,.1),(1,0)], 'from 0 to 1'), ([(.1,.1),(.9,0)], 'from pct 0.1 to 0.9'),
+    ([(0,.1),(.5,0),(.5,.1),(1,0)], 'rise'), ([(0,.1),(.5,0),(.3,.1),(1,0)], 'rise'), ([(0,1.1),(1,0)], 'p=1.1')])
+def test_piecewise_refuses(points, msg):
+    with pytest.raises(ValueError, match=msg): SchedPiecewise(points)
 
 def test_epochs_spread_over_fits(learn):
     cb,n,seen = AnnealEmbedP(.5, .05, epochs=4),len(learn.dls.train),[]

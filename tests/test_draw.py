@@ -2,7 +2,6 @@
 
 Statistics at five standard deviations or p > 1e-6 of a chi-squared test, over fixed seeds; the hash against splitmix64 in Python's integers.
 """
-import shutil
 import pytest, torch
 from hypothesis import given, strategies as st
 from scipy.stats import chi2_contingency
@@ -11,7 +10,8 @@ from torch.testing import assert_close
 from fastai_embdrop import dropout
 from fastai_embdrop.awdlstm import awd_lstm_lm
 from fastai_embdrop.dropout import EmbeddingDropout, fate_keys, hash_uniform
-from conftest import SMALL
+from fastai_embdrop.embeddings import add_embedding_dropout
+from conftest import SMALL, compiling, graphs, needs_compiler
 
 ps,pers = [.02, .1, .5, .9],['batch','sequence','token']
 N = 100_000
@@ -92,9 +92,28 @@ def test_who_shares_a_fate():
         same = dict(batch=same_word, sequence=same_word & (row.view(-1,1)==row), token=torch.eye(6000, dtype=torch.bool))[per]
         assert torch.equal(keys.view(-1,1)==keys.view(1,-1), same)
 
+@pytest.mark.parametrize('per,fates', [('batch', '000011 110000'), ('sequence', '000011 000010'), ('token', '000011 010000')])
+def test_seeded_fates_never_change(per, fates):
+    m,words = module(per=per, V=6, hold=per=='batch'),torch.stack([torch.arange(6), torch.arange(6).flip(0)])
+    torch.manual_seed(0)
+    assert ' '.join(''.join(str(int(o)) for o in row) for row in gone(m, words))==fates
+
+def test_seeds_are_of_64_bits():
+    torch.manual_seed(0)
+    seeds = [module()._draw_seed('cpu').item() for _ in range(200)]
+    assert min(seeds) < -.9*2**63 and max(seeds) > .9*2**63
+
+def test_a_number_equal_to_p_keeps_its_word(monkeypatch):
+    monkeypatch.setattr(dropout, 'hash_uniform', lambda keys, seed: torch.full(keys.shape, .5))
+    assert not gone(module(.5, 'token'), torch.arange(5)).any()
+
 def test_sequences_are_independent():
     g = gone(module(.5, 'sequence', V=N), torch.arange(N).repeat(2,1))
     assert independent(g[0], g[1])
+
+def test_the_first_dimension_counts_sequences():
+    keys = fate_keys(torch.ones(2, 3, 4, dtype=torch.long), 20, 'sequence')
+    assert keys[0].unique().tolist()==[1] and keys[1].unique().tolist()==[21]
 
 def test_one_sequence_without_a_batch_dimension():
     w = torch.tensor([1,2,1,2])
@@ -126,7 +145,7 @@ class Allocations(torch.utils._python_dispatch.TorchDispatchMode):
             if isinstance(o, torch.Tensor) and not o.is_sparse and o.untyped_storage().data_ptr()!=self.table: self.largest = max(self.largest, o.numel())
         return res
 
-@pytest.mark.parametrize('V,bound', [(5000, 5000), (dropout.hash_above+1, 200*8)])
+@pytest.mark.parametrize('V,bound', [(2**19, 2**19), (2**19+1, 200*8)])
 def test_nothing_of_the_tables_size_is_allocated(V, bound):
     m = EmbeddingDropout(nn.Embedding(V, 8, sparse=True), .5)
     words = torch.randint(0, V, (10,20))
@@ -147,9 +166,14 @@ def test_held_until_reset():
 def test_bad_choices_refused(kw, msg):
     with pytest.raises(ValueError, match=msg): module(**kw)
 
+def test_repr_has_what_differs_from_the_default():
+    assert module(.1).extra_repr()=='embed_p=0.1'
+    assert module(.1, 'sequence', hold=True).extra_repr()=="embed_p=0.1, per='sequence', hold=True"
+    assert repr(add_embedding_dropout(nn.Sequential(nn.Embedding(5, 2)), .1)['0'])=='Embedding(5, 2, embed_p=0.1)'
+
 def test_buffer_follows_p_and_stays_float32():
     m = module(.02).half()
-    assert m._p.dtype==torch.float32 and m._p==torch.tensor(.02) and list(m.state_dict())==['emb.weight']
+    assert m.emb.weight.dtype==torch.half and m._p.dtype==torch.float32 and m._p==torch.tensor(.02) and list(m.state_dict())==['emb.weight']
     m.to(torch.bfloat16).embed_p = .1
     assert m._p==torch.tensor(.1)
 
@@ -160,16 +184,13 @@ def test_the_draw_does_not_follow_the_default_dtype():
         assert module(.02)._p.dtype==torch.float32
     finally: torch.set_default_dtype(torch.float32)
 
-def graphs(): return torch._dynamo.utils.counters['stats']['unique_graphs']
-
-@pytest.fixture
-def dynamo():
-    torch._dynamo.reset(); torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
-
-needs_compiler = pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='torch.compile needs a C++ compiler on a CPU')
-compiling = pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning') # raised inside torch's compiler
+@compiling
+def test_compiled_at_zero_it_drops_later(dynamo):
+    m,words = module(0, V=5000),torch.arange(5000)
+    f = torch.compile(m, backend='eager', fullgraph=True)
+    assert not gone(f, words).any()
+    m.embed_p = .5
+    assert gone(f, words).any() and graphs()==1
 
 @needs_compiler
 @compiling

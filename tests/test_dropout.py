@@ -94,6 +94,10 @@ def test_float_words_are_torchs_error():
 @pytest.mark.parametrize('shape', [(0,), (0,5), (3,0)])
 def test_empty_batch(shape): assert small()(torch.zeros(shape, dtype=torch.long)).shape==(*shape, D)
 
+def test_scale_of_each_word_of_two():
+    m,scale = EmbeddingDropout(nn.Embedding(2, D), 0),torch.tensor([[1.],[2.]])
+    assert_close(m(torch.tensor([1,1,0]), scale=scale), (m.emb.weight*scale)[[1,1,0]])
+
 @pytest.mark.parametrize('idx', [torch.int32, torch.int64])
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_dtypes(idx, dtype):

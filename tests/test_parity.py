@@ -31,6 +31,11 @@ def test_same_seed_same_bits(p, padding_idx, dtype):
         words = seeded(seed, torch.randint, 0, V, (4,9))
         assert torch.equal(seeded(seed, a, words), seeded(seed, b, words))
 
+def test_same_bits_up_to_half_a_million_words():
+    emb,words = nn.Embedding(2**19, 1),torch.randint(0, 2**19, (4,9))
+    a,b = EmbeddingDropout(emb, .5),theirs.EmbeddingDropout(emb, .5)
+    assert torch.equal(seeded(0, a, words), seeded(0, b, words))
+
 @pytest.mark.parametrize('p', [.02, .5, .9])
 def test_same_gradients(p):
     a,b = pair(1, p=p)

@@ -1,0 +1,81 @@
+"""Changes `dropout` and `anneal` in one place at a time and runs their tests, which must fail: `python tests/mutants.py`
+
+The changes are Cosmic Ray's: operators and numbers replaced, conditions negated, loops emptied, decorators removed. A mutant that no test kills
+must stand in `tests/mutants.md` with the reason why it does what the original does, and one that stands there must survive.
+"""
+import ast, importlib.util, os, re, sys, time
+from functools import partial
+from pathlib import Path
+import fastai.text.all, hypothesis, pytest, scipy.stats, torch._dynamo, torch.distributed.tensor # what the tests import, once for all forks
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator, operator_names
+from forks import forks
+
+root = Path(__file__).parent.parent
+slow = 'lessons', 'torch_alone', 'graph', 'compiles', '100_microseconds', 'through_ddp', 'through_compile' # parts of names; also what measures time
+tests = dict(dropout=['test_dropout.py', 'test_draw.py', 'test_parity.py', 'test_defects.py'], anneal=['test_anneal.py'])
+least = 95
+
+def operators():
+    "Those that need no argument and do not take an equality or an order for an identity"
+    return [get_operator(o)() for o in operator_names() if not get_operator(o).arguments() and not re.search('_(?!Is)[A-Z]\\w+_Is', o)]
+
+def changed(old, new):
+    "The first line that differs, in `old` and in `new`"
+    return next((a.strip(), b.strip()) for a,b in zip(old.splitlines(), new.splitlines()) if a!=b)
+
+def mutants(src):
+    "From (old line, new line) to the whole mutated source; what does not compile or compiles to the same is none"
+    res,tree,same = {},get_ast(src),ast.dump(ast.parse(src))
+    for op in operators():
+        for i in range(sum(len(list(op.mutation_positions(n))) for n in ast_nodes(tree))):
+            new = mutate_code(src, op, i)
+            try:
+                if ast.dump(ast.parse(new))!=same: res[changed(src, new)] = new
+            except SyntaxError: pass
+    return res
+
+class CheapFirst:
+    "Sorts tests by the seconds that they took before"
+    def __init__(self, seconds): self.seconds = seconds
+    def pytest_collection_modifyitems(self, items): items.sort(key=lambda o: self.seconds.get(o.nodeid, 0))
+
+def run(name, src, seconds):
+    "The tests of module `name` with `src` in its place: pytest's exit status"
+    spec = importlib.util.find_spec(f'fastai_embdrop.{name}')
+    mod = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    exec(compile(src, spec.origin, 'exec'), vars(mod))
+    setattr(sys.modules['fastai_embdrop'], name, mod)
+    return pytest.main(['-x', '--durations=0', '--tb=no', '-p', 'no:cacheprovider', '-k', ' and '.join(f'not {o}' for o in slow), *(str(root/'tests'/t) for t in tests[name])], plugins=[CheapFirst(seconds)])
+
+def listed():
+    "The (old line, new line) pairs of tests/mutants.md: every `+` line belongs to the last `-` line above it"
+    res,old = set(),None
+    for s,line in re.findall(r'^([-+]) +(.+)$', (root/'tests/mutants.md').read_text(), re.M):
+        if s=='-': old = line
+        else: res.add((old, line))
+    return res
+
+def survivors(name):
+    "How many mutants of module `name` there are, and those that no test kills, as (old line, new line); one without end is killed"
+    src,start = (root/f'fastai_embdrop/{name}.py').read_text(),time.time()
+    [(_,status,out)] = forks({name:partial(run, name, src, {})}, 1)
+    if status: sys.exit(f'{out}the tests of {name} fail before anything is changed')
+    limit = 30 + 3*int(time.time()-start)
+    seconds = {test:float(s) for s,test in re.findall(r'^([.\d]+)s call +(.+)$', out, re.M)}
+    jobs = {k:partial(run, name, new, seconds) for k,new in mutants(src).items()}
+    return len(jobs), {k for k,status,_ in forks(jobs, os.cpu_count(), limit) if not status}
+
+def main():
+    n,survived,known = 0,set(),listed()
+    for name in tests:
+        made,some = survivors(name)
+        n,survived = n+made,survived|some
+    for title,some in ('Survived, and not in tests/mutants.md', survived-known),('In tests/mutants.md, and did not survive', known-survived):
+        for old,new in sorted(some): print(f'{title}:\n- {old}\n+ {new}')
+    killed = n-len(survived)
+    print(f'mutants: {n}, killed: {killed} ({killed/n:.1%})')
+    return survived!=known or killed < least*n/100
+
+if __name__=='__main__': sys.exit(main())
