@@ -208,7 +208,8 @@ def test_named_schedules_refuse(make, msg):
     with pytest.raises(ValueError, match=msg): make()
 
 @pytest.mark.parametrize('points,msg', [
-    ([], 'points|unpack'), ([0,1], 'pairs'), ([(0,.1)], 'from 0 to 1'), ([(.1,.1),(1,0)], 'from 0 to 1'), ([(.1,.1),(.9,0)], 'from pct 0.1 to 0.9'),
+    ([], 'points|unpack'), ([0,1], 'pairs'), ([(0,.1)], 'from 0 to 1'), ([(.1,.1),(1,0)], 'from 0 to 1'), ([(-.1,.1),(1,0)], 'from 0 to 1'), ([(0,.1),(1.1,0)], 'from 0 to 1'),
+    ([(.1,.1),(.9,0)], 'from pct 0.1 to 0.9'),
     ([(0,.1),(.5,0),(.5,.1),(1,0)], 'rise'), ([(0,.1),(.5,0),(.3,.1),(1,0)], 'rise'), ([(0,1.1),(1,0)], 'p=1.1')])
 def test_piecewise_refuses(points, msg):
     with pytest.raises(ValueError, match=msg): SchedPiecewise(points)
