@@ -102,9 +102,9 @@ def test_lr_find_does_not_anneal(learn):
 
 def test_two_fits_are_two_equal_plans(learn):
     cb = AnnealEmbedP(.5, .05)
-    learn.fit(1, cbs=cb); one = applied(learn)
-    learn.fit(1, cbs=cb)
-    assert applied(learn)==one and applied(learn) is not one
+    learn.fit_one_cycle(1, cbs=cb); one = learn.recorder.hps
+    learn.fit_one_cycle(1, cbs=cb)
+    assert learn.recorder.hps==one and learn.recorder.hps is not one and list(one)==['lr','mom','embed_p']
 
 class Stop(Callback):
     order,run_valid = 70,False
@@ -203,13 +203,15 @@ def test_curriculum_is_morerios():
 @pytest.mark.parametrize('make,msg', [
     (lambda: SchedEarly(1.2, .5), 'p=1.2'), (lambda: SchedEarly(.2, 0), 'until=0'), (lambda: SchedEarly(.2, 2), 'until=2'),
     (lambda: SchedLate(.2, -1), 'after=-1'), (lambda: SchedLate(2, .5), 'p=2'), (lambda: SchedCurriculum(.4, 0), 'gamma=0'),
-    (lambda: SchedCurriculum(.4, -1), 'gamma=-1'), (lambda: SchedCurriculum(.4, float('nan')), 'gamma=nan'), (lambda: SchedCurriculum(-1, 1), 'p=-1')])
+    (lambda: SchedCurriculum(.4, -1), 'gamma=-1'), (lambda: SchedCurriculum(.4, float('nan')), 'gamma=nan'), (lambda: SchedCurriculum(.4, float('inf')), 'gamma=inf'),
+    (lambda: SchedCurriculum(-1, 1), 'p=-1')])
 def test_named_schedules_refuse(make, msg):
     with pytest.raises(ValueError, match=msg): make()
 
 @pytest.mark.parametrize('points,msg', [
-    ([], 'points|unpack'), ([0,1], 'pairs'), ([(0,.1)], 'from 0 to 1'), ([(.1,.1),(1,0)], 'from 0 to 1'), ([(.1,.1),(.9,0)], 'from pct 0.1 to 0.9'),
-    ([(0,.1),(.5,0),(.5,.1),(1,0)], 'rise'), ([(0,.1),(.5,0),(.3,.1),(1,0)], 'rise'), ([(0,1.1),(1,0)], 'p=1.1')])
+    ([], 'points|unpack'), ([0,1], 'pairs'), ([(0,1.1),(1,0)], 'p=1.1'), ([(0,.1),(.5,0),(.5,.1),(1,0)], 'rise'), ([(0,.1),(.5,0),(.3,.1),(1,0)], 'rise'),
+    ([(0,.1)], 'from 0 to 1'), ([(.1,.1),(1,0)], 'from 0 to 1'), ([(-.1,.1),(1,0)], 'from 0 to 1'), ([(0,.1),(1.1,0)], 'from 0 to 1'),
+    ([(.1,.1),(.9,0)], 'from pct 0.1 to 0.9')])
 def test_piecewise_refuses(points, msg):
     with pytest.raises(ValueError, match=msg): SchedPiecewise(points)
 
@@ -233,6 +235,11 @@ def test_epochs_continue_with_start_epoch(learn):
     with pytest.raises(RuntimeError): learn.fit(3, cbs=[cb, Stop(n+5, RuntimeError)])
     learn.fit(3, start_epoch=1, cbs=cb)
     np.testing.assert_allclose(applied(learn), plan(n, 3, start=1), atol=1e-9)
+
+def test_epochs_may_be_a_fraction(learn):
+    learn.fit(1, cbs=AnnealEmbedP(.5, .05, epochs=.5))
+    n = len(learn.dls.train)
+    np.testing.assert_allclose(applied(learn), [f(min(1, 2*i/n)) for i in range(n)], atol=1e-9)
 
 def test_starts_from_the_configured_value(dls):
     learn = awd_lstm_learner(dls, {**SMALL, 'embed_p':.3})
