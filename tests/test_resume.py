@@ -11,7 +11,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai_embdrop.anneal import AnnealEmbedP, DropoutScheduler
 from fastai_embdrop.awdlstm import awd_lstm_learner
-from fastai_embdrop.checkpoint import (CSVHistory, Checkpoint, checkpoint_files, fit_state, last_checkpoint, only_process, plain,
+from fastai_embdrop.checkpoint import (CSVHistory, Checkpoint, checkpoint_files, fit_state, handling, last_checkpoint, only_process, plain,
                                        read_checkpoint, write_atomic)
 from fastai_embdrop.corpus import lm_dataloaders
 from fastai_embdrop.train import main, run_files
@@ -319,7 +319,7 @@ def test_handlers_are_given_back(args):
 
 def test_without_the_command_ctrl_c_is_a_keyboard_interrupt(tmp_path):
     ckpt = Checkpoint(tmp_path, every=100)
-    with pytest.raises(KeyboardInterrupt), ckpt.signals():
+    with handling(signal.default_int_handler), pytest.raises(KeyboardInterrupt), ckpt.signals(): # jobs in the background are born deaf to Ctrl-C
         lm()[1].fit(2, cbs=[ckpt, Callback(after_batch=lambda cb: signal.raise_signal(signal.SIGINT) if cb.train_iter==3 else None)])
     assert last_checkpoint(tmp_path)['train_iter']==3
 
