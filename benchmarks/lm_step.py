@@ -1,7 +1,8 @@
 """A training step of fastai's default AWD-LSTM language model: fastai's learner against ours, with logits and without; before it decoder and loss alone, over chunk sizes.
 
 Each step is timed from the batch to the zeroed gradients, all callbacks included, in a process that trains one learner and nothing else; the processes of a round run one after another. `extra_mb` is the peak of the process's memory during the training steps above what it held before the first: gradients and Adam's state are in it, as both need them."""
-import json, subprocess, sys, time
+import json, re, subprocess, sys, time
+from collections import Counter
 from statistics import median
 import torch
 from torch import nn
@@ -73,13 +74,32 @@ def loss_rows(V, args, D=400):
     ms = interleave({k:lambda o=o: step(o) for k,o in options.items()}, args.runs, args.device, warmup=1)
     return [dict(V=V, tokens=n, chunk=k, ms=f'{ms[k]:.0f}', over_logits=f"{ms[k]/ms['logits']:.2f}") for k in options]
 
+class Profile(Callback):
+    "torch's profile of the second training batch"
+    run_valid = False
+    def before_batch(self):
+        self.prof = torch.profiler.profile()
+        self.prof.start()
+    def after_batch(self): self.prof.stop()
+
+parts = {'products of the decoder':'aten::(mm|addmm_?)', 'LSTMs':'aten::mkldnn_rnn.*|aten::_cudnn_rnn.*', 'all else':'.*'}
+
+def profile_rows(V, args):
+    "Where the time of our step goes, by the operations themselves"
+    learn,watch = kinds['ours'](loaders(V, args.bs, args.seq_len, 2, args.device)),Profile()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=watch)
+    ms = Counter()
+    for e in watch.prof.key_averages(): ms[next(k for k,o in parts.items() if re.fullmatch(o, e.key))] += e.self_cpu_time_total/1000
+    return [dict(V=V, part=k, ms=f'{ms[k]:.0f}', share=f'{ms[k]/ms.total():.2f}') for k in parts]
+
 def main():
-    args = arguments(__doc__.splitlines()[0], rounds=3, steps=4, runs=5, bs=64, seq_len=72, sizes='33000,60000', one='')
+    args = arguments(__doc__.splitlines()[0], rounds=3, steps=4, runs=5, bs=64, seq_len=72, sizes='33000,60000', only='', one='')
     if args.one:
         kind,*sizes = args.one.split(',')
         return one_process(kind, *map(int, sizes), args.device)
     sizes = [int(o) for o in args.sizes.split(',')]
-    if rows := [r for V in sizes for r in loss_rows(V, args)]: report('lm_loss', rows, args.device)
-    report('lm_step', [r for V in sizes for r in step_rows(V, args)], args.device)
+    for what,f in dict(loss=loss_rows, step=step_rows, profile=profile_rows).items():
+        rows = [r for V in sizes for r in f(V, args)] if args.only in ('', what) else []
+        if rows: report(f'lm_{what}', rows, args.device)
 
 if __name__=='__main__': main()
