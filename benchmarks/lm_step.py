@@ -62,7 +62,7 @@ def step_rows(V, args):
                  slowest_s=f'{max(o[0] for o in res[k]):.3f}', extra_mb=f'{mb[k]:.0f}', memory_over_fastai=f"{mb[k]/mb['fastai']:.2f}") for k in kinds]
 
 def loss_rows(V, args, D=400):
-    "Decoder and loss alone, forward and backward: one row for each number of rows at a time, 0 for all in two steps as fastai does"
+    "Decoder and loss alone, forward and backward: one row for each number of rows at a time; `logits` is all of them in two steps, as fastai does it, `auto` torch's choice"
     if not hasattr(F, 'linear_cross_entropy'): return []
     dtype = torch.bfloat16 if args.device.startswith('cuda') else torch.float32
     n,make = args.bs*args.seq_len,dict(device=args.device, dtype=dtype, requires_grad=True)
