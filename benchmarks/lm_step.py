@@ -84,13 +84,25 @@ class Profile(Callback):
 
 parts = {'products of the decoder':'aten::(mm|addmm_?)', 'LSTMs':'aten::mkldnn_rnn.*|aten::_cudnn_rnn.*', 'all else':'.*'}
 
+def flops(model, tokens):
+    "Floating-point operations of the products in a step, by part: two for each weight and token, forward and twice backward"
+    rnns,decoder = model[0].rnns,model[1].decoder
+    return {'products of the decoder':6*tokens*decoder.weight.numel(), 'LSTMs':6*tokens*sum(4*m.hidden_size*(m.input_size+m.hidden_size) for m in rnns.modules() if isinstance(m, nn.LSTM))}
+
+def square_gflops(n, device):
+    "What a product of two square matrices reaches"
+    a = torch.randn(n, n, device=device)
+    return 2*n**3/interleave({'':lambda: a@a}, 9, device)['']/1e6
+
 def profile_rows(V, args):
-    "Where the time of our step goes, by the operations themselves"
+    "Where the time of our step goes, by the operations themselves, and how fast the products are"
     learn,watch = kinds['ours'](loaders(V, args.bs, args.seq_len, 2, args.device)),Profile()
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=watch)
-    ms = Counter()
-    for e in watch.prof.key_averages(): ms[next(k for k,o in parts.items() if re.fullmatch(o, e.key))] += e.self_cpu_time_total/1000
-    return [dict(V=V, part=k, ms=f'{ms[k]:.0f}', share=f'{ms[k]/ms.total():.2f}') for k in parts]
+    ms,fs = Counter(),flops(learn.model, args.bs*args.seq_len)
+    time = 'self_device_time_total' if args.device.startswith('cuda') else 'self_cpu_time_total'
+    for e in watch.prof.key_averages(): ms[next(k for k,o in parts.items() if re.fullmatch(o, e.key))] += getattr(e, time)/1000
+    rows = [dict(V=V, part=k, ms=f'{ms[k]:.0f}', share=f'{ms[k]/ms.total():.2f}', gflops=f'{fs[k]/ms[k]/1e6:.0f}' if k in fs else '') for k in parts]
+    return rows + [dict(V=V, part='a product of 2048 x 2048 by itself', ms='', share='', gflops=f'{square_gflops(2048, args.device):.0f}')]
 
 def main():
     args = arguments(__doc__.splitlines()[0], rounds=3, steps=4, runs=5, bs=64, seq_len=72, sizes='33000,60000', only='', one='')

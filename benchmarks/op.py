@@ -1,10 +1,10 @@
-"Forward + backward of embedding dropout against fastai's class and plain `nn.Embedding`, over vocabulary sizes; time and extra memory."
+"Forward + backward of embedding dropout against fastai's class and plain `nn.Embedding`, over vocabulary sizes, time and extra memory; then the pieces of a step with sparse gradients."
 import re, subprocess, sys
 from pathlib import Path
 import torch
 from torch import nn
 from fastai.text.models.awdlstm import EmbeddingDropout as Fastai
-from fastai_embdrop.dropout import EmbeddingDropout
+from fastai_embdrop.dropout import EmbeddingDropout, hash_int64
 from benchmarks.common import arguments, interleave, report
 
 # V, D, batch, sparse, with fastai's class?
@@ -26,8 +26,17 @@ def table(V, D, sparse, device):
 def time_row(V, D, shape, sparse, fastai, device, runs):
     emb = table(V, D, sparse, device)
     words = torch.randint(0, V, shape, device=device)
-    ms = interleave({k:lambda m=m: step(m, emb, words) for k,m in kinds(emb, fastai).items()}, runs, device)
-    return ms
+    return interleave({k:lambda m=m: step(m, emb, words) for k,m in kinds(emb, fastai).items()}, runs, device)
+
+def profile_row(V, D, shape, device, runs):
+    "Milliseconds of a whole step with a mask that is at hand, and of the mask and the hash in it alone, beside `nn.Embedding` and ours"
+    emb = table(V, D, True, device)
+    words,drop = torch.randint(0, V, shape, device=device),EmbeddingDropout(emb, .1)
+    mask,seed = drop._fate(words, emb.weight),drop._draw_seed(device)
+    steps = dict(plain=emb, masked=lambda words: emb(words)*mask, ours=drop)
+    ms = interleave({**{k:lambda m=m: step(m, emb, words) for k,m in steps.items()},
+                     'mask':lambda: drop._fate(words, emb.weight), 'hash':lambda: hash_int64(words, seed)}, runs, device)
+    return dict(V=V, D=D, tokens=words.numel(), **{f'{k}_ms':f'{v:.3f}' for k,v in ms.items()})
 
 def peak_mb(kind, V, D, shape, sparse, fastai, device):
     "Peak memory of one step of `kind` above the table itself, MB: on a CPU in a process of its own"
@@ -54,17 +63,21 @@ def peak(spec):
 
 def high_water(): return int(re.search(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())[1])/1024
 
-def main():
-    args = arguments(__doc__, runs=15, peak='')
-    if args.peak: return peak(args.peak)
+def op_rows(args):
     rows = []
     for V,D,shape,sparse,fastai in sizes:
-        ms = time_row(V, D, shape, sparse, fastai, args.device, args.runs if V*D<1e8 else max(5, args.runs//3))
+        ms = time_row(V, D, shape, sparse, fastai, args.device, 20*args.runs if sparse else args.runs if V*D<1e8 else max(5, args.runs//3))
         mem = {k:peak_mb(k, V, D, shape, sparse, fastai, args.device) for k in ms}
         rows.append(dict(V=V, D=D, tokens=shape[0]*shape[1], sparse=sparse, **{f'{k}_ms':f'{ms[k]:.3f}' if k in ms else '' for k in ('ours','fastai','plain')},
                          over_plain=f"{ms['ours']/ms['plain']:.2f}", faster_than_fastai=f"{ms['fastai']/ms['ours']:.2f}" if fastai else '',
                          extra_ms=f"{ms['ours']-ms['plain']:.3f}", **{f'{k}_mb':f'{mem[k]:.1f}' if k in mem else '' for k in ('ours','fastai','plain')}))
         print(rows[-1], flush=True)
-    report('op', rows, args.device)
+    return rows
+
+def main():
+    args = arguments(__doc__, runs=15, peak='', only='')
+    if args.peak: return peak(args.peak)
+    if args.only in ('','op'): report('op', op_rows(args), args.device)
+    if args.only in ('','profile'): report('op_profile', [profile_row(V, D, shape, args.device, 20*args.runs) for V,D,shape,sparse,_ in sizes if sparse], args.device)
 
 if __name__=='__main__': main()

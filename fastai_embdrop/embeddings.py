@@ -77,7 +77,7 @@ def _add(model, name, m, embed_p, per):
     m._setup(embed_p, per, False, m.weight.device)
     return m
 
-# %% ../nbs/05_embeddings.ipynb #4cb1989c
+# %% ../nbs/05_embeddings.ipynb #dffaab77
 def remove_embedding_dropout(
     model:nn.Module # A model that `add_embedding_dropout` has changed
 )->list: # Qualified names of the embeddings put back
@@ -85,6 +85,6 @@ def remove_embedding_dropout(
     res = [n for n,m in model.named_modules() if isinstance(m, RowDroppedEmbedding)]
     for m in map(model.get_submodule, res):
         m.__class__ = type(m).dropped
-        for k in '_p','_scale': delattr(m, k)
+        for k in '_below','_scale': delattr(m, k)
         for k in ('per','hold','_seed','_embed_p','_annealed'): vars(m).pop(k, None)
     return res

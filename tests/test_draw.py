@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 from fastai_embdrop import dropout
 from fastai_embdrop.awdlstm import awd_lstm_lm
-from fastai_embdrop.dropout import EmbeddingDropout, fate_keys, hash_uniform
+from fastai_embdrop.dropout import EmbeddingDropout, fate_keys, hash_int64
 from fastai_embdrop.embeddings import add_embedding_dropout
 from conftest import SMALL, compiling, graphs, needs_compiler
 
@@ -17,24 +17,25 @@ ps,pers = [.02, .1, .5, .9],['batch','sequence','token']
 N = 100_000
 
 def seed(i): return torch.randint(-2**63, 2**63-1, (), generator=torch.Generator().manual_seed(i))
+def uniform(keys, seed): return hash_int64(keys, seed)*2.**-64 + .5
 def gone(m, words): return (m(words)==0).all(-1)
 def module(p=.5, per='batch', V=50, **kw): return EmbeddingDropout(nn.Embedding(V, 2), p, per=per, **kw)
 
 def splitmix64(key, seed, M=2**64-1):
-    "The finalizer as published, on unsigned 64-bit integers; its upper 24 bits as a fraction"
+    "The finalizer as published, on unsigned 64-bit integers; the upper 31 bits of the result, taken as signed"
     x = (key + seed)*0x9E3779B97F4A7C15 & M
     x = (x ^ x>>30)*0xBF58476D1CE4E5B9 & M
     x = (x ^ x>>27)*0x94D049BB133111EB & M
-    return ((x ^ x>>31) >> 40)/2**24
+    return ((x ^ x>>31) - (x>>63 << 64)) >> 33
 
 @given(st.lists(st.integers(0, 2**62), min_size=1), st.integers(-2**63, 2**63-1))
 def test_hash_is_splitmix64(keys, seed):
-    assert hash_uniform(torch.tensor(keys), torch.tensor(seed)).tolist()==[splitmix64(k, seed) for k in keys]
+    assert (hash_int64(torch.tensor(keys), torch.tensor(seed)) >> 33).tolist()==[splitmix64(k, seed) for k in keys]
 
 @pytest.mark.parametrize('p', ps)
 def test_hash_rate(p):
     for i in range(5):
-        rate = (hash_uniform(torch.arange(N), seed(i))<p).float().mean().item()
+        rate = (uniform(torch.arange(N), seed(i))<p).float().mean().item()
         assert abs(rate-p) <= 5*(p*(1-p)/N)**.5
 
 def independent(a, b):
@@ -45,7 +46,7 @@ def independent(a, b):
 @pytest.mark.parametrize('p', ps)
 @pytest.mark.parametrize('lag', [1, 2, 64, 1024])
 def test_neighbouring_ids_are_independent(p, lag):
-    fates = hash_uniform(torch.arange(N+lag), seed(0))<p
+    fates = uniform(torch.arange(N+lag), seed(0))<p
     assert independent(fates[:-lag], fates[lag:])
 
 @pytest.mark.parametrize('p', ps)
@@ -53,17 +54,17 @@ def test_neighbouring_ids_are_independent(p, lag):
 def test_calls_are_independent(p, delta):
     a = seed(0)
     b = seed(1) if delta is None else a+delta
-    assert independent(hash_uniform(torch.arange(N), a)<p, hash_uniform(torch.arange(N), b)<p)
+    assert independent(uniform(torch.arange(N), a)<p, uniform(torch.arange(N), b)<p)
 
 def test_serial_correlation():
     for i in range(5):
-        u = hash_uniform(torch.arange(N), seed(i))
+        u = uniform(torch.arange(N), seed(i))
         assert abs(torch.corrcoef(torch.stack([u[:-1], u[1:]]))[0,1]) < 5/N**.5
 
 @pytest.mark.cuda
 def test_same_mask_on_cpu_and_cuda():
     k = torch.arange(N)
-    assert torch.equal(hash_uniform(k, seed(0)), hash_uniform(k.cuda(), seed(0).cuda()).cpu())
+    assert torch.equal(hash_int64(k, seed(0)), hash_int64(k.cuda(), seed(0).cuda()).cpu())
 
 @pytest.mark.parametrize('per', pers)
 def test_same_seed_same_mask_other_seed_other(per):
@@ -92,7 +93,7 @@ def test_who_shares_a_fate():
         same = dict(batch=same_word, sequence=same_word & (row.view(-1,1)==row), token=torch.eye(6000, dtype=torch.bool))[per]
         assert torch.equal(keys.view(-1,1)==keys.view(1,-1), same)
 
-@pytest.mark.parametrize('per,fates', [('batch', '000011 110000'), ('sequence', '000011 000010'), ('token', '000011 010000')])
+@pytest.mark.parametrize('per,fates', [('batch', '111100 001111'), ('sequence', '111100 111101'), ('token', '111100 101111')])
 def test_seeded_fates_never_change(per, fates):
     m,words = module(per=per, V=6, hold=per=='batch'),torch.stack([torch.arange(6), torch.arange(6).flip(0)])
     torch.manual_seed(0)
@@ -104,7 +105,7 @@ def test_seeds_are_of_64_bits():
     assert min(seeds) < -.9*2**63 and max(seeds) > .9*2**63
 
 def test_a_number_equal_to_p_keeps_its_word(monkeypatch):
-    monkeypatch.setattr(dropout, 'hash_uniform', lambda keys, seed: torch.full(keys.shape, .5))
+    monkeypatch.setattr(dropout, 'hash_int64', lambda keys, seed: torch.zeros_like(keys))
     assert not gone(module(.5, 'token'), torch.arange(5)).any()
 
 def test_sequences_are_independent():
@@ -171,17 +172,23 @@ def test_repr_has_what_differs_from_the_default():
     assert module(.1, 'sequence', hold=True).extra_repr()=="embed_p=0.1, per='sequence', hold=True"
     assert repr(add_embedding_dropout(nn.Sequential(nn.Embedding(5, 2)), .1)['0'])=='Embedding(5, 2, embed_p=0.1)'
 
-def test_buffer_follows_p_and_stays_float32():
+def test_buffers_follow_p_and_are_not_rounded():
     m = module(.02).half()
-    assert m.emb.weight.dtype==torch.half and m._p.dtype==torch.float32 and m._p==torch.tensor(.02) and list(m.state_dict())==['emb.weight']
+    assert m.emb.weight.dtype==torch.half and list(m.state_dict())==['emb.weight']
+    assert m._below.item()==int(.02*2**64)-2**63 and m._scale.dtype==torch.float32 and m._scale==torch.tensor(1/.98)
     m.to(torch.bfloat16).embed_p = .1
-    assert m._p==torch.tensor(.1)
+    assert m._below.item()==int(.1*2**64)-2**63 and m._scale==torch.tensor(1/.9)
+
+def test_the_ends_of_p():
+    m = module()
+    def draw(p): m.embed_p = p; return m._below.item(),m._scale.item()
+    assert draw(0)==(-2**63, 1) and draw(1)==(2**63-1, 0) and draw(1-2**-53)[0]==2**63-2**11
 
 def test_the_draw_does_not_follow_the_default_dtype():
     torch.set_default_dtype(torch.bfloat16)
     try:
-        assert hash_uniform(torch.arange(9), seed(0)).dtype==torch.float32
-        assert module(.02)._p.dtype==torch.float32
+        assert module(.02)._scale.dtype==torch.float32
+        assert module(.5, 'token')(torch.arange(9)).dtype==torch.bfloat16
     finally: torch.set_default_dtype(torch.float32)
 
 @compiling
