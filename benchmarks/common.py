@@ -25,6 +25,14 @@ def interleave(fs, runs, device='cpu', warmup=2):
             if i>=warmup: times[k].append(1000*(time.perf_counter()-t))
     return {k:median(v) for k,v in times.items()}
 
+class Memory:
+    "High-water mark of this process or of the card, MB"
+    def __init__(self, device): self.cuda = device.startswith('cuda')
+    def reset(self): torch.cuda.reset_peak_memory_stats() if self.cuda else Path('/proc/self/clear_refs').write_text('5')
+    def _status(self, key): return next(int(l.split()[1]) for l in Path('/proc/self/status').read_text().splitlines() if l.startswith(key))/1024
+    def now(self): return torch.cuda.memory_allocated()/2**20 if self.cuda else self._status('VmRSS')
+    def peak(self): return torch.cuda.max_memory_allocated()/2**20 if self.cuda else self._status('VmHWM')
+
 def hardware(device):
     if device.startswith('cuda'): return torch.cuda.get_device_name(device)
     names = [l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')] if Path('/proc/cpuinfo').exists() else []

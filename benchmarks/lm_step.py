@@ -7,20 +7,12 @@ from statistics import median
 import torch
 from torch import nn
 from torch.nn import functional as F
-from fastai.text.all import AWD_LSTM, Callback, DataLoader, DataLoaders, Path, language_model_learner
+from fastai.text.all import AWD_LSTM, Callback, DataLoader, DataLoaders, language_model_learner
 from fastai_embdrop.awdlstm import awd_lstm_learner
-from benchmarks.common import arguments, interleave, report, sync
+from benchmarks.common import Memory, arguments, interleave, report, sync
 
 kinds = {'fastai':lambda dls: language_model_learner(dls, AWD_LSTM, pretrained=False), 'with logits':lambda dls: awd_lstm_learner(dls, keep_logits=True),
          'ours':awd_lstm_learner}
-
-class Memory:
-    "High-water mark of this process or of the card, MB"
-    def __init__(self, device): self.cuda = device.startswith('cuda')
-    def reset(self): torch.cuda.reset_peak_memory_stats() if self.cuda else Path('/proc/self/clear_refs').write_text('5')
-    def _status(self, key): return next(int(l.split()[1]) for l in Path('/proc/self/status').read_text().splitlines() if l.startswith(key))/1024
-    def now(self): return torch.cuda.memory_allocated()/2**20 if self.cuda else self._status('VmRSS')
-    def peak(self): return torch.cuda.max_memory_allocated()/2**20 if self.cuda else self._status('VmHWM')
 
 class Watch(Callback):
     "Seconds of each training step, and the peak of memory over them"
