@@ -1,5 +1,6 @@
 "Functions run in forks of one process, so that what takes seconds to import is imported once."
 import gc, os, signal, sys, tempfile, traceback
+from contextlib import suppress
 os.environ |= dict(MPLBACKEND='agg', PYTEST_DISABLE_PLUGIN_AUTOLOAD='1') # no window; and pytest's plugins may have been imported here already
 
 def fork(f, limit):
@@ -7,6 +8,7 @@ def fork(f, limit):
     out = tempfile.TemporaryFile('w+', errors='replace')
     sys.stdout.flush()
     if pid := os.fork(): return pid,out
+    os.setpgrp() # a group of its own, to end what it leaves behind
     signal.alarm(limit)
     for fd in 1,2: os.dup2(out.fileno(), fd)
     status = 70
@@ -25,6 +27,7 @@ def forks(jobs, n, limit=300):
             pid,out = fork(f, limit)
             running[pid] = name,out
         pid,status = os.wait()
+        with suppress(ProcessLookupError): os.killpg(pid, signal.SIGKILL)
         name,out = running.pop(pid)
         out.seek(0)
         yield name,os.waitstatus_to_exitcode(status),out.read()

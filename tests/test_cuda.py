@@ -9,7 +9,7 @@ from fastai_embdrop.anneal import AnnealEmbedP
 from fastai_embdrop.awdlstm import awd_lstm_learner, awd_lstm_lm
 from fastai_embdrop.dropout import EmbeddingDropout
 from fastai_embdrop.train import main
-from conftest import SMALL, random_tokens, small_dls
+from conftest import SMALL, compiling, graphs, random_tokens, small_dls
 
 pytestmark = pytest.mark.cuda
 
@@ -39,6 +39,16 @@ def test_no_host_synchronization():
             m.embed_p = .1*i
             m(words).sum().backward()
     finally: torch.cuda.set_sync_debug_mode('default')
+
+@compiling
+def test_cuda_graphs_read_the_new_p(dynamo):
+    m,words = EmbeddingDropout(nn.Embedding(5000, 2), .5).cuda(),torch.arange(5000, device='cuda').view(50,100)
+    f = torch.compile(m, fullgraph=True, mode='reduce-overhead')
+    for p in (.5, .5, .5, .9, .1, .02, 0, 1):
+        m.embed_p = p
+        rate = (f(words)==0).all(-1).float().mean().item()
+        assert abs(rate-p) <= 5*(p*(1-p)/5000)**.5
+    assert graphs()==1
 
 @pytest.mark.parametrize('precision', ['fp32', 'fp16', 'bf16'])
 def test_learner_anneals(precision):

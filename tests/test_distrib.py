@@ -24,9 +24,9 @@ both = lambda theirs: pytest.mark.parametrize('lib', [pytest.param(theirs, id='f
                                                       pytest.param(LMDistributedDL, id='ours')])
 
 def torchrun(script, *args, **env):
-    "A finished job of two processes"
+    "A finished job of two processes, which takes some twenty seconds"
     cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', Path(__file__).with_name(script), *args]
-    return subprocess.run(list(map(str, cmd)), capture_output=True, text=True, env={**os.environ, **env})
+    return subprocess.run(list(map(str, cmd)), capture_output=True, text=True, timeout=200, env={**os.environ, **env})
 
 def loader(n, bs, seq_len, **kw):
     "`n` numbers in texts of 30"

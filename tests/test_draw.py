@@ -153,6 +153,15 @@ def test_nothing_of_the_tables_size_is_allocated(V, bound):
     with Allocations(m.emb.weight) as seen: m(words).sum().backward()
     assert seen.largest <= bound
 
+@pytest.mark.parametrize('kw', [dict(per=o) for o in pers]+[dict(hold=True), dict(V=2**19+1)], ids=str)
+def test_no_value_goes_to_the_host(kw):
+    V = kw.pop('V', 50)
+    m = EmbeddingDropout(nn.Embedding(V, 2, device='meta'), .5, **kw) # where tensors have no values that could be read
+    for p in (0, .3, 1):
+        m.embed_p = p
+        m(torch.zeros(3, 4, dtype=torch.long, device='meta')).sum().backward()
+    with pytest.raises(RuntimeError): m.emb.weight.sum().item()
+
 def test_held_until_reset():
     for per in ('batch','sequence'):
         m,words = module(per=per, hold=True, V=1000),torch.arange(1000).repeat(2,1)
