@@ -1,7 +1,7 @@
 """A training step of fastai's default AWD-LSTM language model: fastai's learner against ours, with logits and without; before it decoder and loss alone, over chunk sizes.
 
-Each step is timed from the batch to the zeroed gradients, all callbacks included, in a process that trains one learner and nothing else; the processes of a round run one after another. `extra_mb` is the peak of the process's memory during the training steps above what it held before the first: gradients and Adam's state are in it, as both need them."""
-import json, re, subprocess, sys, time
+Each step is timed from the batch to the zeroed gradients, all callbacks included, in a process that trains one learner and nothing else; the processes of a round run one after another. `extra_mb` is the peak of the process's memory during the training steps above what it held before the first: gradients and Adam's state are in it, as both need them. `system_s` are the processor's seconds, over all threads, that the kernel took of a step: on a CPU, for pages of memory."""
+import json, os, re, subprocess, sys, time
 from collections import Counter
 from statistics import median
 import torch
@@ -15,17 +15,18 @@ kinds = {'fastai':lambda dls: language_model_learner(dls, AWD_LSTM, pretrained=F
          'ours':awd_lstm_learner}
 
 class Watch(Callback):
-    "Seconds of each training step, and the peak of memory over them"
+    "Seconds of each training step, how many the kernel took, and the peak of memory over them"
     run_valid = False
-    def __init__(self, device): self.device,self.memory,self.secs,self.peak = device,Memory(device),[],0.
+    def __init__(self, device): self.device,self.memory,self.secs,self.system,self.peak = device,Memory(device),[],[],0.
     def before_fit(self): self.base = self.memory.now()
     def before_batch(self):
         sync(self.device)
         self.memory.reset()
-        self.began = time.perf_counter()
+        self.began,self.in_kernel = time.perf_counter(),os.times().system
     def after_batch(self):
         sync(self.device)
         self.secs.append(time.perf_counter()-self.began)
+        self.system.append(os.times().system-self.in_kernel)
         self.peak = max(self.peak, self.memory.peak()-self.base)
 
 def loaders(V, bs, seq_len, n, device):
@@ -36,11 +37,11 @@ def loaders(V, bs, seq_len, n, device):
     return dls
 
 def one_process(kind, V, bs, seq_len, steps, device):
-    "Train `kind` for a warm-up step and `steps` more, in bf16 on a card; print median seconds and peak MB"
+    "Train `kind` for a warm-up step and `steps` more, in bf16 on a card; print median seconds, the kernel's, and peak MB"
     learn,watch = kinds[kind](loaders(V, bs, seq_len, steps+1, device)),Watch(device)
     if device.startswith('cuda'): learn.to_bf16()
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=watch)
-    print(json.dumps([median(watch.secs[1:]), watch.peak]))
+    print(json.dumps([median(watch.secs[1:]), median(watch.system[1:]), watch.peak]))
 
 def step_rows(V, args):
     "One row for each kind: medians over the rounds"
@@ -49,9 +50,9 @@ def step_rows(V, args):
         for k in kinds:
             cmd = [sys.executable, '-W', 'ignore', '-m', 'benchmarks.lm_step', '--one', f'{k},{V},{args.bs},{args.seq_len},{args.steps}', '--device', args.device]
             res[k].append(json.loads(subprocess.run(cmd, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]))
-    s,mb = ({k:median(o[i] for o in v) for k,v in res.items()} for i in (0,1))
+    s,system,mb = ({k:median(o[i] for o in v) for k,v in res.items()} for i in range(3))
     return [dict(V=V, tokens=args.bs*args.seq_len, learner=k, step_s=f'{s[k]:.3f}', time_over_fastai=f"{s[k]/s['fastai']:.2f}",
-                 slowest_s=f'{max(o[0] for o in res[k]):.3f}', extra_mb=f'{mb[k]:.0f}', memory_over_fastai=f"{mb[k]/mb['fastai']:.2f}") for k in kinds]
+                 slowest_s=f'{max(o[0] for o in res[k]):.3f}', system_s=f'{system[k]:.2f}', extra_mb=f'{mb[k]:.0f}', memory_over_fastai=f"{mb[k]/mb['fastai']:.2f}") for k in kinds]
 
 def loss_rows(V, args, D=400):
     "Decoder and loss alone, forward and backward: one row for each number of rows at a time; `logits` is all of them in two steps, as fastai does it, `auto` torch's choice"
