@@ -23,9 +23,12 @@ class Halves(DistributedDL):
 both = lambda theirs: pytest.mark.parametrize('lib', [pytest.param(theirs, id='fastai', marks=pytest.mark.xfail(strict=True, reason='defect of fastai 2.8.12')),
                                                       pytest.param(LMDistributedDL, id='ours')])
 
-def torchrun(script, *args, **env):
+launchers = dict(torchrun=['torch.distributed.run', '--standalone', '--nproc_per_node=2'],
+                 accelerate=['accelerate.commands.launch', '--multi_gpu', '--num_processes=2'])
+
+def launch(script, *args, by='torchrun', **env):
     "A finished job of two processes, which takes some twenty seconds"
-    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', Path(__file__).with_name(script), *args]
+    cmd = [sys.executable, '-m', *launchers[by], Path(__file__).with_name(script), *args]
     return subprocess.run(list(map(str, cmd)), capture_output=True, text=True, timeout=200, env={**os.environ, **env})
 
 def loader(n, bs, seq_len, **kw):
@@ -87,7 +90,7 @@ def test_one_process_is_left_alone():
 def ranks(tmp_path_factory):
     "The results of ranks 0 and 1"
     d = tmp_path_factory.mktemp('ranks')
-    p = torchrun('ranks.py', d)
+    p = launch('ranks.py', d)
     assert p.returncode==0, p.stdout+p.stderr
     return [torch.load(d/f'{r}.pt', weights_only=False) for r in range(2)]
 
@@ -131,7 +134,7 @@ def flags(folder, out, *args):
     res = dict(data=folder/'text.txt', out=folder/out, epochs=2, bs=4, seq_len=8, emb_sz=8, n_hid=12, tok='split', min_freq=1, device='cpu', save_every=5)
     return [str(o) for k,v in res.items() for o in (f'--{k}', v)] + list(args)
 
-def train(*args, kill_at=-1): return torchrun('embdrop_train.py', *flags(*args), KILL_AT=str(kill_at))
+def train(*args, kill_at=-1, **kw): return launch('embdrop_train.py', *flags(*args), KILL_AT=str(kill_at), **kw)
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
@@ -152,6 +155,12 @@ def test_a_resumed_job_ends_like_one_that_was_not_killed(runs):
     for f in 'model.pth','sample.txt','losses.png','schedule.png': assert (a/f).read_bytes()==(b/f).read_bytes()
     hists = [pd.read_csv(o/'history.csv').drop(columns='time') for o in (a,b)]
     assert hists[0].equals(hists[1]) and len(hists[0])==2
+
+def test_accelerate_launch_does_the_same(runs):
+    d = runs[0]
+    p = train(d, 'accelerate', by='accelerate')
+    assert p.returncode==0, p.stderr
+    assert (d/'accelerate'/'model.pth').read_bytes()==(d/'whole'/'model.pth').read_bytes()
 
 def test_a_run_goes_on_in_as_many_processes(runs, capsys):
     d = runs[0]
