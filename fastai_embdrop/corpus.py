@@ -105,13 +105,14 @@ def doc_corpus()->tuple: # Iterators over training and held-out texts
             seen.add(d)
     return tuple(map(unique, holdout([f for p in doc_pkgs for f in source_files(p)])))
 
-# %% ../nbs/03_corpus.ipynb #d34a9cc3
+# %% ../nbs/03_corpus.ipynb #0e7689b2
 def csv_texts(
     path # A CSV file with a column `text`
 )->list: # Texts, blank ones left out
     "The column `text` of a CSV file; a `ValueError` names the file if there is none"
     text = read_text(path)
-    try: col = pd.read_csv(io.StringIO(text), usecols=['text'], index_col=False, dtype=str, na_filter=False)['text']
+    engine = 'python' if '\0' in text and pd.__version__<'3' else 'c' # before pandas 3 the other one ends a text at a NUL
+    try: col = pd.read_csv(io.StringIO(text), usecols=['text'], index_col=False, dtype=str, na_filter=False, engine=engine)['text']
     except ValueError as e: raise ValueError(' '.join(f'{path}: {e}'.split())) from None
     return [o for o in col if o.strip()]
 

@@ -3,7 +3,7 @@
 Right is what a second, plain implementation says: NumPy for the dropout, the standard library for files. Non-finite weights
 follow IEEE 754 as in `nn.Dropout`: a dropped NaN or infinity is NaN, and does not vanish. `HYPOTHESIS_PROFILE=long` tries more.
 """
-import codecs, csv, io, json, math, os, shutil
+import codecs, csv, io, json, math, os, shutil, sys
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import wraps
@@ -142,7 +142,9 @@ def test_text_is_that_of_the_standard_library(tmp, b):
         return
     with pytest.raises((UnicodeDecodeError,AssertionError)): assert decode(b).strip()
 
-@prop(st.lists(st.text(st.characters(codec='utf-8'), max_size=20), min_size=1, max_size=12), st.lists(st.text(st.characters(codec='utf-8'), max_size=5), max_size=3), st.sampled_from(['\n','\r\n']), st.data())
+written = st.characters(codec='utf-8', exclude_characters='\0' if sys.version_info<(3,11) else '') # `csv.writer` refuses NUL before 3.11
+
+@prop(st.lists(st.text(written, max_size=20), min_size=1, max_size=12), st.lists(st.text(written, max_size=5), max_size=3), st.sampled_from(['\n','\r\n']), st.data())
 def test_csv_texts_are_those_written(tmp, texts, others, end, data):
     assume('text' not in others)
     at = data.draw(st.integers(0, len(others)))
