@@ -1,4 +1,4 @@
-"""A training step of fastai's default AWD-LSTM language model: fastai's learner against ours, with logits and without; before it decoder and loss alone, over chunk sizes.
+"""A training step of fastai's default AWD-LSTM language model: fastai's learner against ours, with logits and without; before it decoder and loss alone, over chunk sizes; after it where the time goes.
 
 Each step is timed from the batch to the zeroed gradients, all callbacks included, in a process that trains one learner and nothing else; the processes of a round run one after another. `extra_mb` is the peak of the process's memory during the training steps above what it held before the first: gradients and Adam's state are in it, as both need them. `system_s` are the processor's seconds, over all threads, that the kernel took of a step: on a CPU, for pages of memory."""
 import json, os, re, subprocess, sys, time
@@ -92,8 +92,8 @@ def profile_rows(V, args):
     learn,watch = kinds['ours'](loaders(V, args.bs, args.seq_len, 2, args.device)),Profile()
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=watch)
     ms,fs = Counter(),flops(learn.model, args.bs*args.seq_len)
-    time = 'self_device_time_total' if args.device.startswith('cuda') else 'self_cpu_time_total'
-    for e in watch.prof.key_averages(): ms[next(k for k,o in parts.items() if re.fullmatch(o, e.key))] += getattr(e, time)/1000
+    own = 'self_device_time_total' if args.device.startswith('cuda') else 'self_cpu_time_total'
+    for e in watch.prof.key_averages(): ms[next(k for k,o in parts.items() if re.fullmatch(o, e.key))] += getattr(e, own)/1000
     rows = [dict(V=V, part=k, ms=f'{ms[k]:.0f}', share=f'{ms[k]/ms.total():.2f}', gflops=f'{fs[k]/ms[k]/1e6:.0f}' if k in fs else '') for k in parts]
     return rows + [dict(V=V, part='a product of 2048 x 2048 by itself', ms='', share='', gflops=f'{square_gflops(2048, args.device):.0f}')]
 
