@@ -18,12 +18,12 @@ test: $(SETUP)
 # One target for each of the long tests; what they print is in build/long. `make test-long` runs all and ends with their counts.
 LONG := kills properties mutants coverage shuffled alone soak
 SEED ?= $(shell date +%Y%m%d)
-kills:      CMD = EMBDROP_KILLS=25 $(BIN)/pytest -s tests/test_resume.py
+kills:      CMD = EMBDROP_KILLS=25 $(BIN)/pytest -s tests/run/test_resume.py
 properties: CMD = HYPOTHESIS_PROFILE=long $(BIN)/pytest tests/test_properties.py
-mutants:    CMD = $(BIN)/python tests/mutants.py
-coverage:   CMD = $(BIN)/pytest --cov && $(BIN)/python tests/covered.py
+mutants:    CMD = $(BIN)/python tools/mutants.py
+coverage:   CMD = $(BIN)/pytest --cov && $(BIN)/python tools/covered.py
 shuffled:   CMD = $(BIN)/pytest -p randomly --randomly-seed=$(SEED)
-alone:      CMD = $(BIN)/python tests/alone.py
+alone:      CMD = $(BIN)/python tools/alone.py
 soak:       CMD = EMBDROP_LONG=1 $(BIN)/pytest tests/test_soak.py
 
 .PHONY: test-long $(LONG)
@@ -44,7 +44,7 @@ export: $(SETUP)
 
 # nbdev's own processing of nbs/index.ipynb, then nbconvert: no Quarto needed.
 readme: $(SETUP)
-	$(BIN)/python tests/readme.py
+	$(BIN)/python tools/readme.py
 
 docs: $(SETUP)
 	@command -v quarto >/dev/null || { echo 'The site is rendered by Quarto 1.7 or later: see https://quarto.org/docs/get-started'; exit 1; }

@@ -32,7 +32,7 @@ from fastai.text.all import SchedCos, SchedNo, set_seed, torch
 from fastprogress.fastprogress import format_time
 from fastai_embdrop.anneal import DropoutScheduler, SchedCurriculum, SchedEarly, SchedLate, SchedPiecewise
 from fastai_embdrop.awdlstm import awd_lstm_learner
-from fastai_embdrop.corpus import Corpus, fingerprint, first_words, lm_dataloaders, read_corpus, tokenize
+from fastai_embdrop.run.corpus import Corpus, fingerprint, first_words, lm_dataloaders, read_corpus, tokenize
 from benchmarks.common import provenance
 
 lr,held_out = 1e-2,12_000

@@ -1,12 +1,12 @@
 "What users meet, to be imported after `from fastai.text.all import *`: `AWD_LSTM` and its configurations are then this package's"
 from .dropout import EmbeddingDropout
-from .loss import without_logits
-from .awdlstm import AWD_LSTM, awd_lstm_clas_config, awd_lstm_learner, awd_lstm_lm, awd_lstm_lm_config
+from .embeddings import add_embedding_dropout, remove_embedding_dropout
 from .anneal import (AnnealDropMult, AnnealEmbedP, DropoutScheduler, SchedCurriculum, SchedEarly, SchedLate, SchedPiecewise, drop_attrs,
                      find_dropouts)
-from .embeddings import add_embedding_dropout, remove_embedding_dropout
-from .checkpoint import Checkpoint, last_checkpoint
-from .corpus import Corpus, lm_dataloaders, read_corpus, tokenize
-from .files import load_weights
-from .settings import Settings
-from .train import load_run, train_lm
+from .loss import without_logits
+from .awdlstm import AWD_LSTM, awd_lstm_clas_config, awd_lstm_learner, awd_lstm_lm, awd_lstm_lm_config
+from .run.files import load_weights
+from .run.corpus import Corpus, lm_dataloaders, read_corpus, tokenize
+from .run.settings import Settings
+from .run.checkpoint import Checkpoint, last_checkpoint
+from .run.train import load_run, train_lm

@@ -9,7 +9,7 @@ from fastai.basics import defaults
 from fastai.callback.progress import ProgressCallback
 from hypothesis import HealthCheck, settings
 from hypothesis.configuration import set_hypothesis_home_dir
-from fastai_embdrop.corpus import lm_dataloaders
+from fastai_embdrop.run.corpus import lm_dataloaders
 
 SMALL = dict(emb_sz=12, n_hid=16, n_layers=2)
 

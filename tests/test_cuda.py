@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from fastai_embdrop.anneal import AnnealEmbedP
 from fastai_embdrop.awdlstm import awd_lstm_learner, awd_lstm_lm
 from fastai_embdrop.dropout import EmbeddingDropout
-from fastai_embdrop.train import main
+from fastai_embdrop.run.train import main
 from conftest import SMALL, compiling, graphs, random_tokens, small_dls
 
 pytestmark = pytest.mark.cuda

@@ -15,7 +15,9 @@ def run(*cmd, cwd, **env):
 def copy(tmp_path_factory):
     "The project as it is here, in a folder where commands may write"
     dst = tmp_path_factory.mktemp('copy')/'project'
-    shutil.copytree(root, dst, ignore=shutil.ignore_patterns('.git', '.venv', '_proc', '_docs', 'run', '*.egg-info', '__pycache__', '.*_cache', '.hypothesis', 'build', 'dist'))
+    made = shutil.ignore_patterns('.git', '.venv', '_proc', '_docs', '*.egg-info', '__pycache__', '.*_cache', '.hypothesis', 'build', 'dist')
+    at_top = lambda folder, names: {'run'} if Path(folder)==root else set() # what `make train` writes, not the packages `run`
+    shutil.copytree(root, dst, ignore=lambda folder, names: {*made(folder, names), *at_top(folder, names)})
     return dst
 
 def differs(copy, pattern):
@@ -27,10 +29,10 @@ def test_notebooks_clean(copy):
 
 def test_library_in_sync(copy):
     run('-c', 'from nbdev.export import nb_export; from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()', cwd=copy)
-    assert differs(copy, 'fastai_embdrop/*.py')==[], 'run `make export`'
+    assert differs(copy, 'fastai_embdrop/**/*.py')==[], 'run `make export`'
 
 def test_readme_in_sync(copy):
-    run('tests/readme.py', cwd=copy)
+    run('tools/readme.py', cwd=copy)
     assert differs(copy, 'README.md')+differs(copy, 'nbs/images/readme/*')==[], 'run `make readme`'
 
 def test_every_page_processes(copy):
@@ -59,9 +61,43 @@ def test_page_style(page):
         assert isinstance(yaml.safe_load(line), dict), 'what Quarto reads is YAML'
 
 def test_tests_named_in_the_readme_exist():
-    named = re.findall(r'`(tests/\w+\.py)(?:::(\w+))?`', (root/'README.md').read_text())
+    named = re.findall(r'`(tests/[\w/]+\.py)(?:::(\w+))?`', (root/'README.md').read_text())
     defs = {f:{n.name for n in ast.parse((root/f).read_text()).body if isinstance(n, ast.FunctionDef)} for f,_ in named}
     assert len(named)>10 and not [(f,n) for f,n in named if n and n not in defs[f]]
+
+def test_a_clone_holds_the_training_command():
+    files = subprocess.run(['git', 'ls-files', '--cached', '--others', '--exclude-standard'], cwd=root, capture_output=True, text=True).stdout.split()
+    if not files: pytest.skip('no git checkout')
+    assert {'fastai_embdrop/run/__init__.py', 'fastai_embdrop/run/train.py', 'nbs/run/06_train.ipynb', 'tests/run/test_train.py'} <= {*files}
+
+core = 'dropout','embeddings','schedules','anneal','loss','awdlstm','adapt' # each may import those before it
+above = 'run.files','run.corpus','run.settings','run.checkpoint','run.distrib','run.folder','run.train'
+
+def imported(module):
+    "The modules of ours that `module` imports anywhere in its code"
+    src = (root/'fastai_embdrop'/f"{module.replace('.', '/')}.py").read_text()
+    package = ['fastai_embdrop', *module.split('.')[:-1]]
+    found = []
+    for node in ast.walk(ast.parse(src)):
+        if isinstance(node, ast.Import): found += [o.name for o in node.names]
+        if isinstance(node, ast.ImportFrom):
+            base = package[:len(package)-node.level+1] if node.level else []
+            found.append('.'.join([*base, *([node.module] if node.module else [])]))
+    return {o.removeprefix('fastai_embdrop.') for o in found if o.startswith('fastai_embdrop.')}
+
+floors = [*core, *above]
+@pytest.mark.parametrize('module', floors)
+def test_nobody_imports_upward(module):
+    if not (root/'fastai_embdrop'/f"{module.replace('.', '/')}.py").exists(): pytest.skip(f'no {module} yet')
+    assert imported(module) <= set(floors[:floors.index(module)])
+
+def test_every_module_has_its_floor():
+    made = {p.relative_to(root/'fastai_embdrop').with_suffix('').as_posix().replace('/', '.') for p in (root/'fastai_embdrop').rglob('*.py')}
+    assert made - {'__init__', 'run.__init__', '_modidx', 'all'} <= set(floors)
+
+def test_dropout_needs_torch_alone():
+    run('-c', 'import fastai_embdrop.dropout, sys; assert "fastai" not in sys.modules', cwd=root)
+    run('-c', 'import fastai_embdrop.embeddings, sys; assert "fastai" not in sys.modules', cwd=root)
 
 def test_light_import():
     code = "import sys, fastai_embdrop; sys.exit('torch' in sys.modules or 'fastai' in sys.modules)"
@@ -70,7 +106,9 @@ def test_light_import():
 def test_wheel(copy, tmp_path):
     run('-m', 'build', '--wheel', '--no-isolation', '--outdir', tmp_path/'dist', cwd=copy)
     wheel, = (tmp_path/'dist').glob('*.whl')
-    assert {n.split('/')[0] for n in zipfile.ZipFile(wheel).namelist()}=={'fastai_embdrop', f'{wheel.name.split("-py3")[0]}.dist-info'}
+    files = zipfile.ZipFile(wheel).namelist()
+    assert {f'fastai_embdrop/run/{m}.py' for m in ('__init__','files','train')} <= set(files)
+    assert {n.split('/')[0] for n in files}=={'fastai_embdrop', f'{wheel.name.split("-py3")[0]}.dist-info'}
     run('-m', 'pip', 'install', '--no-deps', '--target', tmp_path/'site', wheel, cwd=tmp_path)
     code = 'import sys; sys.modules["accelerate"] = None; import fastai_embdrop.all as m; assert m.__file__.startswith(r"%s"), m.__file__; m.EmbeddingDropout, m.AnnealEmbedP' % (tmp_path/'site')
     run('-c', code, cwd=tmp_path, PYTHONPATH=str(tmp_path/'site'))

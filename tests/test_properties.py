@@ -13,10 +13,11 @@ from fastai.callback.schedule import SchedCos, SchedExp, SchedLin, SchedNo, Sche
 from hypothesis import assume, example, given, strategies as st
 from torch import nn
 from fastai_embdrop.anneal import SchedCurriculum, SchedEarly, SchedLate, SchedPiecewise, sched_ps
-from fastai_embdrop.corpus import csv_texts, fingerprint, read_corpus, read_text, tokenize
+from fastai_embdrop.run.corpus import csv_texts, fingerprint, read_corpus, tokenize
 from fastai_embdrop.dropout import EmbeddingDropout, check_p
-from fastai_embdrop.settings import Settings, parse_args, read_ini, to_ini
-from fastai_embdrop.train import load_run, train_lm
+from fastai_embdrop.run.files import read_text
+from fastai_embdrop.run.settings import Settings, parse_args, read_ini, to_ini
+from fastai_embdrop.run.train import load_run, train_lm
 from conftest import random_tokens, tried
 
 def prop(*args, **kw):

@@ -1,4 +1,4 @@
-"Runs every test alone, in a fork of its own: `python tests/alone.py [arguments of pytest that select tests]`"
+"Runs every test alone, in a fork of its own: `python tools/alone.py [arguments of pytest that select tests]`"
 import os, sys
 from functools import partial
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Make README.md from nbs/index.ipynb without Quarto: nbdev's own processing, then nbconvert.
 
-`python tests/readme.py [FOLDER]` writes README.md and its images into FOLDER, the project's root by default.
+`python tools/readme.py [FOLDER]` writes README.md and its images into FOLDER, the project's root by default.
 """
 import os, re, sys
 from pathlib import Path

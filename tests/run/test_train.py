@@ -6,13 +6,13 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 from fastai.text.all import SchedCos, SchedExp, SchedLin, SchedNo, SchedPoly, match_embeds
 from fastai_embdrop import __version__
 from fastai_embdrop.awdlstm import awd_lstm_learner
-from fastai_embdrop.corpus import fingerprint, lm_dataloaders, read_corpus
-from fastai_embdrop.files import load_weights, read_vocab
-from fastai_embdrop.settings import Settings, parse_args, read_ini, to_ini
-from fastai_embdrop.train import load_run, main, run_files, train_lm
+from fastai_embdrop.run.corpus import fingerprint, lm_dataloaders, read_corpus
+from fastai_embdrop.run.files import load_weights, read_vocab
+from fastai_embdrop.run.settings import Settings, parse_args, read_ini, to_ini
+from fastai_embdrop.run.train import load_run, main, run_files, train_lm
 from conftest import random_tokens
 
-root = Path(__file__).parent.parent
+root = Path(__file__).parent.parent.parent
 TINY = dict(epochs=2, bs=4, seq_len=8, emb_sz=8, n_hid=12, n_layers=2, tok='split', min_freq=1, device='cpu')
 
 def flags(**kw): return [o for k,v in {**TINY, **kw}.items() for o in (f'--{k}', str(v))]
@@ -250,7 +250,7 @@ def test_sizes_beyond_the_file_are_refused_at_once(copy, kw, monkeypatch):
     cfg = json.loads((copy/'config.json').read_text())
     cfg['settings'].update(kw)
     (copy/'config.json').write_text(json.dumps(cfg))
-    monkeypatch.setattr('fastai_embdrop.train.awd_lstm_lm', lambda *_: pytest.fail('made a model'))
+    monkeypatch.setattr('fastai_embdrop.run.train.awd_lstm_lm', lambda *_: pytest.fail('made a model'))
     with pytest.raises(ValueError, match='config.json: a model of'): load_run(copy)
 
 def test_a_thousand_layers_in_one_tensor_are_refused(copy, monkeypatch):
@@ -260,7 +260,7 @@ def test_a_thousand_layers_in_one_tensor_are_refused(copy, monkeypatch):
     (copy/'config.json').write_text(json.dumps(cfg))
     one = {k.removeprefix('0.rnns.0'):v for k,v in wgts.items() if k.startswith('0.rnns.0')}
     torch.save(wgts | {f'0.rnns.{i}{k}':v for i in range(1000) for k,v in one.items()}, copy/'model.pth')
-    monkeypatch.setattr('fastai_embdrop.train.awd_lstm_lm', lambda *_: pytest.fail('made a model'))
+    monkeypatch.setattr('fastai_embdrop.run.train.awd_lstm_lm', lambda *_: pytest.fail('made a model'))
     with pytest.raises(ValueError, match='config.json: a model of 1000 layers'): load_run(copy)
 
 @pytest.mark.parametrize('change,msg', [
@@ -279,7 +279,7 @@ def test_layers_without_weights_are_refused_however_large_the_file(copy, monkeyp
     cfg['settings']['n_layers'] = 100
     (copy/'config.json').write_text(json.dumps(cfg))
     torch.save(wgts | dict(more=torch.zeros(2**20)), copy/'model.pth')
-    monkeypatch.setattr('fastai_embdrop.train.awd_lstm_lm', lambda *_: pytest.fail('made a model'))
+    monkeypatch.setattr('fastai_embdrop.run.train.awd_lstm_lm', lambda *_: pytest.fail('made a model'))
     with pytest.raises(ValueError, match='config.json: a model of 100 layers'): load_run(copy)
 
 def test_compressed_weights_are_refused(copy):
@@ -332,7 +332,7 @@ def test_what_fastai_unpickles_loads_safely(run, tmp_path, monkeypatch):
 
 # The command
 
-def command(*args): return subprocess.run([sys.executable, '-c', 'import sys; from fastai_embdrop.train import main; sys.exit(main())', *map(str, args)], capture_output=True, text=True)
+def command(*args): return subprocess.run([sys.executable, '-c', 'import sys; from fastai_embdrop.run.train import main; sys.exit(main())', *map(str, args)], capture_output=True, text=True)
 
 def test_command_succeeds(tmp_path, text):
     p = command(*flags(data=text, out=tmp_path/'run', tok='spacy'))

@@ -2,10 +2,11 @@
 import pickle, sys
 import pandas as pd, pytest, torch
 from fastai.text.all import LMDataLoader, SpacyTokenizer, tokenize1
-from fastai_embdrop import corpus as C
+from fastai_embdrop.run import corpus as C
 from fastai_embdrop.awdlstm import awd_lstm_learner
-from fastai_embdrop.corpus import (docstrings, fingerprint, first_words, holdout, lm_dataloaders, read_corpus, read_text,
+from fastai_embdrop.run.corpus import (docstrings, fingerprint, first_words, holdout, lm_dataloaders, read_corpus,
                                    source_files, tokenize, tokenizer)
+from fastai_embdrop.run.files import read_text
 from conftest import SMALL, small_dls
 
 def words(n, start=0): return ' '.join(f'w{i}' for i in range(start, start+n))

@@ -2,7 +2,7 @@
 import os, signal, sys
 from fastai.callback.core import Callback
 from fastai.torch_core import defaults, rank_distrib
-from fastai_embdrop.train import main
+from fastai_embdrop.run.train import main
 
 class Killed(Callback):
     def before_batch(self):

@@ -10,9 +10,9 @@ from fastai.callback.schedule import SchedCos
 from fastai.data.core import TfmdDL
 from fastai.distributed import DistributedDL
 from fastai.text.data import LMDataLoader
-from fastai_embdrop.checkpoint import Checkpoint, last_checkpoint
-from fastai_embdrop.distrib import LMDistributedDL, lm_distrib_ctx
-from fastai_embdrop.train import main, run_files
+from fastai_embdrop.run.checkpoint import Checkpoint, last_checkpoint
+from fastai_embdrop.run.distrib import LMDistributedDL, lm_distrib_ctx
+from fastai_embdrop.run.train import main, run_files
 from ranks import awd_lstm_learner, dls, without_dropout
 from conftest import SMALL, random_tokens
 
@@ -29,7 +29,9 @@ launchers = dict(torchrun=['torch.distributed.run', '--standalone', '--nproc_per
 def launch(script, *args, by='torchrun', **env):
     "A finished job of two processes, which takes some twenty seconds"
     cmd = [sys.executable, '-m', *launchers[by], Path(__file__).with_name(script), *args]
-    return subprocess.run(list(map(str, cmd)), capture_output=True, text=True, timeout=200, env={**os.environ, **env})
+    paths = [str(Path(__file__).parent.parent), os.environ.get('PYTHONPATH', '')] # conftest.py, and what is set already
+    env = {**os.environ, 'PYTHONPATH':os.pathsep.join(filter(None, paths)), **env}
+    return subprocess.run(list(map(str, cmd)), capture_output=True, text=True, timeout=200, env=env)
 
 def loader(n, bs, seq_len, **kw):
     "`n` numbers in texts of 30"

@@ -1,7 +1,7 @@
-"""Changes `dropout` and `anneal` in one place at a time and runs their tests, which must fail: `python tests/mutants.py`
+"""Changes `dropout` and `anneal` in one place at a time and runs their tests, which must fail: `python tools/mutants.py`
 
 The changes are Cosmic Ray's: operators and numbers replaced, conditions negated, loops emptied, decorators removed. A mutant that no test kills
-must stand in `tests/mutants.md` with the reason why it does what the original does, and one that stands there must survive.
+must stand in `tools/mutants.md` with the reason why it does what the original does, and one that stands there must survive.
 """
 import ast, importlib.util, os, re, sys, time
 from functools import partial
@@ -50,9 +50,9 @@ def run(name, src, seconds):
     return pytest.main(['-x', '--durations=0', '--tb=no', '-p', 'no:cacheprovider', '-k', ' and '.join(f'not {o}' for o in slow), *(str(root/'tests'/t) for t in tests[name])], plugins=[CheapFirst(seconds)])
 
 def listed():
-    "The (old line, new line) pairs of tests/mutants.md: every `+` line belongs to the last `-` line above it"
+    "The (old line, new line) pairs of tools/mutants.md: every `+` line belongs to the last `-` line above it"
     res,old = set(),None
-    for s,line in re.findall(r'^([-+]) +(.+)$', (root/'tests/mutants.md').read_text(), re.M):
+    for s,line in re.findall(r'^([-+]) +(.+)$', (root/'tools/mutants.md').read_text(), re.M):
         if s=='-': old = line
         else: res.add((old, line))
     return res
@@ -72,7 +72,7 @@ def main():
     for name in tests:
         made,some = survivors(name)
         n,survived = n+made,survived|some
-    for title,some in ('Survived, and not in tests/mutants.md', survived-known),('In tests/mutants.md, and did not survive', known-survived):
+    for title,some in ('Survived, and not in tools/mutants.md', survived-known),('In tools/mutants.md, and did not survive', known-survived):
         for old,new in sorted(some): print(f'{title}:\n- {old}\n+ {new}')
     killed = n-len(survived)
     print(f'mutants: {n}, killed: {killed} ({killed/n:.1%})')

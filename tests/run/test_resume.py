@@ -11,10 +11,10 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai_embdrop.anneal import AnnealEmbedP, DropoutScheduler
 from fastai_embdrop.awdlstm import awd_lstm_learner
-from fastai_embdrop.checkpoint import (CSVHistory, Checkpoint, checkpoint_files, fit_state, handling, last_checkpoint, only_process, plain,
+from fastai_embdrop.run.checkpoint import (CSVHistory, Checkpoint, checkpoint_files, fit_state, handling, last_checkpoint, only_process, plain,
                                        read_checkpoint, write_atomic)
-from fastai_embdrop.corpus import lm_dataloaders
-from fastai_embdrop.train import main, run_files
+from fastai_embdrop.run.corpus import lm_dataloaders
+from fastai_embdrop.run.train import main, run_files
 from conftest import SMALL, random_tokens, small_dls
 from test_train import TINY, fails, flags, text
 
@@ -161,7 +161,7 @@ def test_a_begun_run_is_not_overwritten_unasked(capsys, whole, args, broken):
     assert main([*args, '--overwrite']) is None
     same_run(whole, broken)
 
-@pytest.mark.parametrize('where', ['fastai_embdrop.train.save_run', 'fastai_embdrop.train._save_plot', 'fastai.text.all.LMLearner.predict'])
+@pytest.mark.parametrize('where', ['fastai_embdrop.run.train.save_run', 'fastai_embdrop.run.train._save_plot', 'fastai.text.all.LMLearner.predict'])
 def test_broken_while_the_files_are_written(whole, args, tmp_path, monkeypatch, where):
     with monkeypatch.context() as m:
         m.setattr(where, raises(RuntimeError('broken')))
@@ -205,7 +205,7 @@ def test_changed_text_is_refused_and_moved_text_is_not(capsys, args, broken, tex
 
 @pytest.mark.filterwarnings('default')
 def test_other_versions_warn(capsys, args, broken, monkeypatch):
-    monkeypatch.setattr('fastai_embdrop.train.__version__', '9.9')
+    monkeypatch.setattr('fastai_embdrop.run.train.__version__', '9.9')
     main([*args, '--resume'])
     err = capsys.readouterr().err
     assert err.startswith('embdrop-train: the result may differ') and 'fastai_embdrop: 0.1.0 -> 9.9' in err and err.count('\n')==1
@@ -281,7 +281,7 @@ def test_no_more_can_be_written(capsys, whole, args, hook, tmp_path, block, msg)
 
 def test_disk_full_at_the_end(capsys, whole, args, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
-        m.setattr('fastai_embdrop.train.write_atomic', lambda path, write: write_atomic(path, raises(OSError(28, 'No space left on device'))))
+        m.setattr('fastai_embdrop.run.train.write_atomic', lambda path, write: write_atomic(path, raises(OSError(28, 'No space left on device'))))
         assert fails(capsys, *args).endswith('model.pth: cannot be written (No space left on device)\n')
     assert main([*args, '--resume']) is None
     same_run(whole, tmp_path/'run')
@@ -308,7 +308,7 @@ def test_a_second_signal_does_not_wait(args, hook, tmp_path):
 @signals
 @pytest.mark.parametrize('where,begun', [('tokenize',False), ('save_run',True)])
 def test_a_signal_outside_of_the_fit_ends_at_once(args, tmp_path, monkeypatch, sig, code, where, begun):
-    monkeypatch.setattr(f'fastai_embdrop.train.{where}', lambda *_: signal.raise_signal(sig))
+    monkeypatch.setattr(f'fastai_embdrop.run.train.{where}', lambda *_: signal.raise_signal(sig))
     with pytest.raises(SystemExit) as e: main(args)
     assert e.value.code==code and (tmp_path/'run').exists()==begun
 
@@ -336,7 +336,7 @@ def test_the_lock(capsys, args, broken):
     assert sorted(os.listdir(broken))==sorted(checkpoint_files)
 
 def command(args):
-    code = 'import sys; from fastai_embdrop.train import main; sys.exit(main())'
+    code = 'import sys; from fastai_embdrop.run.train import main; sys.exit(main())'
     return subprocess.Popen([sys.executable, '-c', code, *args], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 @pytest.fixture(scope='module')
@@ -344,7 +344,7 @@ def start(text):
     "Start `main` in a process of its own, forked from one that has imported it"
     if 'forkserver' not in multiprocessing.get_all_start_methods(): pytest.skip('needs fork')
     ctx = multiprocessing.get_context('forkserver')
-    ctx.set_forkserver_preload(['fastai_embdrop.train'])
+    ctx.set_forkserver_preload(['fastai_embdrop.run.train'])
     def f(out):
         p = ctx.Process(target=main, args=([*flags(data=text, out=out, save_every=3), '--resume'],))
         p.start()

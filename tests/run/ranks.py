@@ -7,7 +7,7 @@ from fastai.torch_core import get_model, rank_distrib, set_seed
 from fastcore.xtras import modified_env
 from fastai_embdrop.anneal import AnnealEmbedP
 from fastai_embdrop.awdlstm import awd_lstm_learner
-from fastai_embdrop.corpus import lm_dataloaders
+from fastai_embdrop.run.corpus import lm_dataloaders
 from conftest import SMALL, random_tokens
 
 def dls(bs):
@@ -59,6 +59,6 @@ def alone(ctx):
     with modified_env('WORLD_SIZE'): return awd_lstm_learner(dls(4), SMALL).predict('w1 w2', n_words=3, no_bar=True)
 
 if __name__=='__main__':
-    from fastai_embdrop.distrib import lm_distrib_ctx
+    from fastai_embdrop.run.distrib import lm_distrib_ctx
     res = {f.__name__:f(lm_distrib_ctx) for f in (dropped_out, without_dropout, held, alone)}
     torch.save(res, f'{sys.argv[1]}/{rank_distrib()}.pt')
