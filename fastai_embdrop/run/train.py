@@ -23,9 +23,9 @@ from fastprogress.fastprogress import format_time
 from .. import __version__
 from ..anneal import AnnealEmbedP
 from ..awdlstm import awd_lstm_learner,awd_lstm_lm
-from .checkpoint import CSVHistory,Checkpoint,checkpoint_files,handling,last_checkpoint,only_process,write_atomic
+from .checkpoint import CSVHistory,Checkpoint,checkpoint_files,handling,last_checkpoint
 from .corpus import fingerprint,lm_dataloaders,read_corpus,tokenize
-from .files import load_weights,read_json,read_vocab
+from .files import load_weights,only_process,read_json,read_vocab,write_atomic
 from .settings import Settings,parse_args,scheds,to_ini
 
 # %% ../../nbs/run/06_train.ipynb #f76205a4

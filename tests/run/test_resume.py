@@ -11,9 +11,9 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai_embdrop.anneal import AnnealEmbedP, DropoutScheduler
 from fastai_embdrop.awdlstm import awd_lstm_learner
-from fastai_embdrop.run.checkpoint import (CSVHistory, Checkpoint, checkpoint_files, fit_state, handling, last_checkpoint, only_process, plain,
-                                       read_checkpoint, write_atomic)
+from fastai_embdrop.run.checkpoint import (CSVHistory, Checkpoint, checkpoint_files, fit_state, handling, last_checkpoint, plain, read_checkpoint)
 from fastai_embdrop.run.corpus import lm_dataloaders
+from fastai_embdrop.run.files import only_process, write_atomic
 from fastai_embdrop.run.train import main, run_files
 from conftest import SMALL, random_tokens, small_dls
 from test_train import TINY, fails, flags, text
