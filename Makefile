@@ -39,6 +39,7 @@ $(LONG): $(SETUP)
 # Bring the library and README.md in line with the notebooks.
 export: $(SETUP)
 	$(BIN)/nbdev-export
+	$(BIN)/python tools/order.py
 	$(BIN)/nbdev-clean
 	$(MAKE) readme
 

@@ -29,7 +29,8 @@ def test_notebooks_clean(copy):
 
 def test_library_in_sync(copy):
     run('-c', 'from nbdev.export import nb_export; from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()', cwd=copy)
-    assert differs(copy, 'fastai_embdrop/**/*.py')==[], 'run `make export`'
+    run('tools/order.py', cwd=copy)
+    assert differs(copy, 'fastai_embdrop/**/*.py')+differs(copy, 'nbs/llms.txt')==[], 'run `make export`'
 
 def test_readme_in_sync(copy):
     run('tools/readme.py', cwd=copy)
