@@ -61,10 +61,11 @@ def test_page_style(page):
     for line in re.findall(r'^#\|(.*:.*)$', '\n'.join(''.join(c['source']) for c in cells if c['cell_type']=='code'), re.M):
         assert isinstance(yaml.safe_load(line), dict), 'what Quarto reads is YAML'
 
-def test_tests_named_in_the_readme_exist():
-    named = re.findall(r'`(tests/[\w/]+\.py)(?:::(\w+))?`', (root/'README.md').read_text())
-    defs = {f:{n.name for n in ast.parse((root/f).read_text()).body if isinstance(n, ast.FunctionDef)} for f,_ in named}
-    assert len(named)>10 and not [(f,n) for f,n in named if n and n not in defs[f]]
+def test_tests_named_on_the_page_of_differences_exist():
+    named = re.findall(r'blob/main/(tests/[\w/]+\.py) "(\w+)"', markdown(root/'nbs/differences.ipynb'))
+    bodies = {f:ast.parse((root/f).read_text()).body for f,_ in named}
+    defined = {(f,n.name) for f,body in bodies.items() for n in body if isinstance(n, ast.FunctionDef)}
+    assert len(named)>10 and {*named} <= defined
 
 def test_a_clone_holds_the_training_command():
     files = subprocess.run(['git', 'ls-files', '--cached', '--others', '--exclude-standard'], cwd=root, capture_output=True, text=True).stdout.split()

@@ -35,16 +35,16 @@ def module(page):
     return found and found[1]
 
 def url(page):
-    "The address of a page in Markdown: nbdev leaves the number of a file's name out"
+    "The address of a page, `run/00_files.ipynb` say: nbdev leaves the number of a file's name out"
     path = Path(page)
     name = re.sub(r'^\d+\w?_', '', path.stem)
-    return f'{config.doc_host}{config.doc_baseurl}/{path.with_name(name).as_posix()}.html.md'
+    return f'{config.doc_host}{config.doc_baseurl}/{path.with_name(name).as_posix()}.html'
 
 def llms():
     "The text of llms.txt: every page of the site, by section"
     parts = [f'# {config.title}', f'> {config.description}']
     for name,pages in sections():
-        lines = [f'- [{title(p)[0]}]({url(p)}): {title(p)[1]}' for p in pages]
+        lines = [f'- [{title(p)[0]}]({url(p)}.md): {title(p)[1]}' for p in pages]
         parts.append('\n'.join([f'## {name}', '', *lines]))
     return '\n\n'.join(parts) + '\n'
 

@@ -11,6 +11,7 @@ from nbconvert import MarkdownExporter
 from nbdev.config import get_config
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
+from order import url
 
 images = 'nbs/images/readme'
 
@@ -33,6 +34,8 @@ def readme():
     exporter._preprocessors[-1].remove_input_tags = {'no-input'}
     text,res = exporter.from_notebook_node(nb, dict(output_files_dir=images, unique_key='figure'))
     for alt,cap in figs: text = re.sub(r'!\[png\]\((.*?)\)', lambda m: f'![{alt}]({m[1]})' + f'\n\n*{cap}*'*bool(cap), text, count=1)
+    text = re.sub(r'\]\(([\w/]+\.ipynb)\)', lambda m: f']({url(m[1])})', text)
+    text = re.sub(r'(?s)<style scoped>.*?</style>\n', '', text)
     cfg = get_config()
     text = re.sub(r'(?s)^---.*?\n---\n', f'# {cfg.title}\n\n> {cfg.description}\n', text)
     return re.sub(r'\n\s*\n', '\n\n', text).strip()+'\n', res['outputs']
