@@ -41,6 +41,16 @@ def test_every_page_processes(copy):
     assert not [n for n in names if not (copy/'_proc'/n).exists()]
     assert not [n for n in names if any(o.get('output_type')=='error' for c in json.loads((copy/'_proc'/n).read_text())['cells'] for o in c.get('outputs', []))]
 
+def test_headings_of_the_api_reach_the_contents(copy):
+    "Quarto leaves out the headings of cells with metadata of their own"
+    cells = json.loads((copy/'_proc/00_dropout.ipynb').read_text())['cells']
+    shown = [c for c in cells if 'output: asis' in ''.join(c['source'])]
+    assert shown and not [c for c in shown if c['metadata'].get('execution')]
+
+def test_the_sites_version():
+    import fastai_embdrop
+    assert f'text: "{fastai_embdrop.__version__}"' in (root/'nbs/_quarto.yml').read_text()
+
 def markdown(p): return '\n'.join(''.join(c['source']) for c in json.loads(p.read_text())['cells'] if c['cell_type']=='markdown')
 
 @pytest.mark.parametrize('page', [*pages, root/'README.md', root/'CONTRIBUTING.md', root/'CHANGELOG.md', root/'SECURITY.md'], ids=lambda p: p.name)
@@ -95,7 +105,7 @@ def test_nobody_imports_upward(module):
 
 def test_every_module_has_its_floor():
     made = {p.relative_to(root/'fastai_embdrop').with_suffix('').as_posix().replace('/', '.') for p in (root/'fastai_embdrop').rglob('*.py')}
-    assert made - {'__init__', 'run.__init__', '_modidx', 'all'} <= set(floors)
+    assert made - {'__init__', 'run.__init__', '_modidx', '_docs', 'all'} <= set(floors)
 
 def test_dropout_needs_torch_alone():
     run('-c', 'import fastai_embdrop.dropout, sys; assert "fastai" not in sys.modules', cwd=root)
