@@ -30,8 +30,9 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 from fastai.text.all import SchedCos, SchedNo, set_seed, torch
 from fastprogress.fastprogress import format_time
-from fastai_embdrop.anneal import DropoutScheduler, SchedCurriculum, SchedEarly, SchedLate, SchedPiecewise
+from fastai_embdrop.anneal import DropoutScheduler
 from fastai_embdrop.awdlstm import awd_lstm_learner
+from fastai_embdrop.schedules import SchedCurriculum, SchedEarly, SchedLate, SchedPiecewise
 from fastai_embdrop.run.corpus import Corpus, fingerprint, first_words, lm_dataloaders, read_corpus, tokenize
 from benchmarks.common import provenance
 

@@ -1,8 +1,8 @@
 "What users meet, to be imported after `from fastai.text.all import *`: `AWD_LSTM` and its configurations are then this package's"
 from .dropout import EmbeddingDropout
 from .embeddings import add_embedding_dropout, remove_embedding_dropout
-from .anneal import (AnnealDropMult, AnnealEmbedP, DropoutScheduler, SchedCurriculum, SchedEarly, SchedLate, SchedPiecewise, drop_attrs,
-                     find_dropouts)
+from .schedules import SchedCurriculum, SchedEarly, SchedLate, SchedPiecewise, shapes
+from .anneal import AnnealDropMult, AnnealEmbedP, DropoutScheduler, drop_attrs, find_dropouts
 from .loss import without_logits
 from .awdlstm import AWD_LSTM, awd_lstm_clas_config, awd_lstm_learner, awd_lstm_lm, awd_lstm_lm_config
 from .run.files import load_weights

@@ -12,12 +12,12 @@ import numpy as np, pytest, torch
 from fastai.callback.schedule import SchedCos, SchedExp, SchedLin, SchedNo, SchedPoly
 from hypothesis import assume, example, given, strategies as st
 from torch import nn
-from fastai_embdrop.anneal import SchedCurriculum, SchedEarly, SchedLate, SchedPiecewise, sched_ps
 from fastai_embdrop.run.corpus import csv_texts, fingerprint, read_corpus, tokenize
 from fastai_embdrop.dropout import EmbeddingDropout, check_p
 from fastai_embdrop.run.files import read_text
 from fastai_embdrop.run.settings import Settings, parse_args, read_ini, to_ini
 from fastai_embdrop.run.train import load_run, train_lm
+from fastai_embdrop.schedules import SchedCurriculum, SchedEarly, SchedLate, SchedPiecewise, eval_sched
 from conftest import random_tokens, tried
 
 def prop(*args, **kw):
@@ -123,7 +123,7 @@ def test_named_schedules_stay_in_0_1(sched, pcts):
 
 @prop(st.sampled_from([SchedCos, SchedExp, SchedLin, SchedNo, lambda *a: SchedPoly(*a, 2), lambda a,b: lambda pct: (a, b)[pct>.5]]), anything, anything, st.floats(0, 1))
 def test_any_schedule_gives_probabilities_or_an_error(shape, start, end, pct):
-    with or_error(ValueError, names="schedule of 'embed_p' at pct="): assert all(0<=p<=1 for p in sched_ps(lambda x: shape(start, end)(x), pct))
+    with or_error(ValueError, names="schedule of 'embed_p' at pct="): assert all(0<=p<=1 for p in eval_sched(lambda x: shape(start, end)(x), pct))
 
 # Files of text
 

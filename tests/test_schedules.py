@@ -1,0 +1,73 @@
+"""Pins the values of the named schedules and shapes against their formulas, and what they refuse, in which words."""
+from functools import partial
+import numpy as np, pytest
+from fastai.callback.schedule import SchedCos, SchedExp, SchedLin
+from fastai_embdrop.schedules import (SchedCurriculum, SchedEarly, SchedLate, SchedPiecewise, check_sched, check_shape, eval_sched,
+                                      shapes)
+
+pcts = np.linspace(0, 1, 121) # 1/3 and 1/2 are among them
+
+def golden(sched): return [round(sched(pct), 6) for pct in (0, .25, .5, .75, 1)]
+
+def test_named_schedules_golden_values():
+    assert golden(SchedEarly(.4, .5))==[.4, .2, 0, 0, 0]
+    assert golden(SchedLate(.2, .5))==[0, 0, .2, .2, .2]
+    assert golden(SchedCurriculum(.4, 4))==[0, .252848, .345866, .380085, .392674]
+    assert golden(SchedPiecewise([(0,0), (.25,.5), (1,.2)]))==[0, .5, .4, .3, .2]
+
+def test_curriculum_is_morerios():
+    keep = lambda t, theta, gamma: (1-theta)*np.exp(-gamma*t)+theta
+    assert all(abs(1-SchedCurriculum(.3, 5)(t)-keep(t, .7, 5))<1e-12 for t in np.linspace(0, 1, 11))
+
+@pytest.mark.parametrize('make,msg', [
+    (lambda: SchedEarly(1.2, .5), 'p=1.2'), (lambda: SchedEarly(.2, 0), 'until=0'), (lambda: SchedEarly(.2, 2), 'until=2'),
+    (lambda: SchedLate(.2, -1), 'after=-1'), (lambda: SchedLate(2, .5), 'p=2'), (lambda: SchedCurriculum(.4, 0), 'gamma=0'),
+    (lambda: SchedCurriculum(.4, -1), 'gamma=-1'), (lambda: SchedCurriculum(.4, float('nan')), 'gamma=nan'),
+    (lambda: SchedCurriculum(.4, float('inf')), 'gamma=inf'), (lambda: SchedCurriculum(-1, 1), 'p=-1')])
+def test_named_schedules_refuse(make, msg):
+    with pytest.raises(ValueError, match=msg): make()
+
+@pytest.mark.parametrize('points,msg', [
+    ([], 'from 0 to 1'), ([0,1], 'pairs'), ([(0,1.1),(1,0)], 'p=1.1'), ([(0,.1),(.5,0),(.5,.1),(1,0)], 'rise'),
+    ([(0,.1),(.5,0),(.3,.1),(1,0)], 'rise'), ([(0,.1)], 'from 0 to 1'), ([(.1,.1),(1,0)], 'from 0 to 1'),
+    ([(-.1,.1),(1,0)], 'from 0 to 1'), ([(0,.1),(1.1,0)], 'from 0 to 1'), ([(.1,.1),(.9,0)], r'\[0.1, 0.9\]')])
+def test_piecewise_refuses(points, msg):
+    with pytest.raises(ValueError, match=msg): SchedPiecewise(points)
+
+def test_a_schedules_own_value_is_its_value_times_one():
+    f = SchedLin(.5, .1)
+    assert eval_sched(f, 0)==[.5] and eval_sched(f, 0, 'p', (1, .5))==[.5, .25]
+
+# what is left of the way from start to end
+left = dict(cos=lambda x: (1+np.cos(np.pi*x))/2, lin=lambda x: 1-x, poly=lambda x: 1-x**2, const=lambda x: 1., early=lambda x: max(0, 1-3*x),
+            late=lambda x: float(x<.5), curriculum=lambda x: np.exp(-10*x))
+
+@pytest.mark.parametrize('start,end', [(.5,.05), (.05,.5), (0,.4), (3,0)])
+@pytest.mark.parametrize('name', left)
+def test_shapes_go_from_start_to_end(name, start, end):
+    want = [end + (start-end)*left[name](x) for x in pcts]
+    np.testing.assert_allclose([shapes[name](start, end)(x) for x in pcts], want, atol=1e-9)
+
+def test_every_shape_is_tried_above(): assert {*left, 'exp'}=={*shapes}
+
+@pytest.mark.parametrize('start,end', [(.5,.05), (.05,.5)])
+def test_exp_is_a_straight_line_of_logarithms(start, end):
+    logs = np.log([shapes['exp'](start, end)(x) for x in pcts])
+    np.testing.assert_allclose(np.diff(logs), np.log(end/start)/120)
+
+@pytest.mark.parametrize('name', shapes)
+def test_shapes_are_no_schedules_of_another_meaning(name): assert check_shape(shapes[name]) is shapes[name]
+
+@pytest.mark.parametrize('sched,right', [
+    (SchedEarly, r"SchedEarly\(...\)}\) or sched=shapes\['early'\]"), (SchedLate, r"SchedLate\(...\)}\) or sched=shapes\['late'\]"),
+    (SchedCurriculum, r"SchedCurriculum\(...\)}\) or sched=shapes\['curriculum'\]"), (SchedPiecewise, r"SchedPiecewise\(...\)}\)$")])
+def test_a_schedule_is_no_shape(sched, right):
+    with pytest.raises(ValueError, match=fr"sched={sched.__name__}: .* use DropoutScheduler\({{'embed_p': {right}"): check_shape(sched)
+
+@pytest.mark.parametrize('start,end', [(.5,0), (0,.5), (0,0.)])
+def test_exp_needs_ends_above_0(start, end):
+    with pytest.raises(ValueError, match=rf"schedule of 'p': SchedExp\({start}, {end}\) .* use SchedCos or SchedLin"):
+        check_sched(SchedExp(start, end), 'p')
+
+@pytest.mark.parametrize('sched', [SchedExp(.5, .05), SchedCos(.5, 0), SchedEarly(.5, .3), partial(max, 0)])
+def test_other_schedules_pass(sched): assert check_sched(sched) is sched
