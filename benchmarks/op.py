@@ -4,7 +4,7 @@ from statistics import median
 import torch
 from torch import nn
 from fastai.text.models.awdlstm import EmbeddingDropout as Fastai
-from fastai_embdrop.dropout import EmbeddingDropout, hash_int64
+from fastai_embdrop.dropout import EmbeddingDropout, splitmix64
 from benchmarks.common import Memory, arguments, interleave, report
 
 # V, D, batch, sparse, with fastai's class?
@@ -59,9 +59,9 @@ def profile_row(V, D, shape, sparse, fastai, args):
     "Milliseconds of a whole step with a mask that is at hand, and of the mask and the hash in it alone, beside `nn.Embedding` and ours"
     emb,words = table(V, D, sparse, args.device),torch.randint(0, V, shape, device=args.device)
     drop = EmbeddingDropout(emb, .1)
-    mask,seed = drop._fate(words, emb.weight),drop._draw_seed(args.device)
+    mask,seed = drop._row_mask(words, emb.weight),drop._draw_seed()
     whole = {k:stepper(m, emb, words) for k,m in dict(plain=emb, masked=lambda words: emb(words)*mask, ours=drop).items()}
-    ms = interleave({**whole, 'mask':lambda: drop._fate(words, emb.weight), 'hash':lambda: hash_int64(words, seed)}, 20*args.runs, args.device)
+    ms = interleave({**whole, 'mask':lambda: drop._row_mask(words, emb.weight), 'hash':lambda: splitmix64(words, seed)}, 20*args.runs, args.device)
     return dict(V=V, D=D, tokens=words.numel(), **{f'{k}_ms':f'{v:.3f}' for k,v in ms.items()})
 
 def op_rows(args):
