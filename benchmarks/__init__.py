@@ -1,1 +1,1 @@
-"Benchmarks that anyone can rerun: `python -m benchmarks.op`, `.compile`. Not part of the wheel."
+"Benchmarks that anyone can rerun: `python -m benchmarks.op`, `.compile`, `.anneal`. Not part of the wheel."

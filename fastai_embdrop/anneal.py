@@ -65,6 +65,7 @@ def set_p(
     p:float, # Its value from now on
 ):
     "Set `attr` of `m` to `p`, and remember what was configured for `base_p`"
+    if p==getattr(m, attr): return
     vars(m).setdefault('_annealed', {})[attr] = base_p(m, attr),p
     setattr(m, attr, p)
 
@@ -112,8 +113,8 @@ def before_batch(self:DropoutScheduler):
     "Assign the values for this batch"
     pct = self._pct()
     for key,targets in self.plan.items():
-        ps = eval_sched(self.scheds[key], pct, key, [t.base for t in targets])
-        for t,p in zip(targets, ps): set_p(t.module, t.attr, p)
+        value = eval_sched(self.scheds[key], pct, key, max(t.base for t in targets))
+        for t in targets: set_p(t.module, t.attr, value*t.base)
 
 # %% ../nbs/03_anneal.ipynb #99cc4607
 @patch
@@ -154,6 +155,7 @@ def start_fit(self:DropoutScheduler):
 
 @patch
 def before_fit(self:DropoutScheduler):
+    "Begin a fit"
     if self._in_fit():
         self.plan,self.applied = {},{}
         if not hasattr(self.learn, 'lr_finder'): self.start_fit()

@@ -64,12 +64,13 @@ def eval_sched(
     sched:Callable, # A schedule
     pct:float, # Fraction of the training done, in [0, 1]
     key:str='embed_p', # What it moves, for the error
-    bases:tuple|list=(1.,), # Factors on its value
-)->list: # Probabilities, one for each of `bases`
-    "`sched(pct)` times each of `bases`; a `ValueError` with `key`, `pct` and value if it fails or leaves [0, 1]"
+    most:float=1., # The largest factor that its value is used with
+)->float: # The schedule's value
+    "`sched(pct)`; a `ValueError` with `key`, `pct` and value if it fails, or if its value times `most` leaves [0, 1]"
     try:
         value = float(sched(pct))
-        return [check_p(value*base, key) for base in bases]
+        check_p(value*most, key)
+        return value
     except Exception as e: raise ValueError(f'schedule of {key!r} at pct={pct:.4g}: {e}') from e
 
 # %% ../nbs/02_schedules.ipynb #6ff063a1

@@ -3,7 +3,9 @@ what is refused, by whom and with which words; that configured values go whereve
 
 The plan is recomputed here from `pct_train`'s definition, (epoch + batch/n)/epochs, not read from the callback.
 """
-import copy, io, pickle
+import copy
+from functools import partial
+import cloudpickle
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 from fastai.callback.core import Callback, CancelFitException
@@ -239,3 +241,171 @@ def test_history_file_has_a_column(learn, tmp_path):
 @pytest.mark.parametrize('epochs', [0, -1, float('nan')])
 def test_bad_epochs_refused(epochs):
     with pytest.raises(ValueError, match='epochs='): AnnealEmbedP(.5, .05, epochs=epochs)
+
+# What would be silent
+
+def fit_with(learn, cbs): learn.fit(1, cbs=[make() for make in cbs])
+
+TWO = {
+    'AnnealEmbedP twice': ([lambda: AnnealEmbedP(.5, .4), lambda: AnnealEmbedP(.1, 0)],
+                           r"AnnealEmbedP \('embed_p'\) and AnnealEmbedP \('embed_p'\) both move embed_p of EmbeddingDropout"),
+    'AnnealDropMult second': ([lambda: AnnealEmbedP(.5, .4), lambda: AnnealDropMult(1, 0)],
+                              r"AnnealEmbedP \('embed_p'\) and AnnealDropMult \('drop_mult'\) both move embed_p"),
+    'AnnealDropMult first': ([lambda: AnnealDropMult(1, .5), lambda: AnnealEmbedP(.5, .4)],
+                             r"AnnealDropMult \('drop_mult'\) and AnnealEmbedP \('embed_p'\) both move embed_p"),
+    'a glob over a name': ([lambda: DropoutScheduler({'p':f}), lambda: DropoutScheduler({'*hidden_dps.0.p':f})],
+                           r"DropoutScheduler \('p'\) and DropoutScheduler \('\*hidden_dps.0.p'\) both move p of RNNDropout"),
+    'in one scheduler': ([lambda: DropoutScheduler({'*dp.p':f, '*input_dp.p':f})],
+                         r"DropoutScheduler \('\*dp.p'\) and DropoutScheduler \('\*input_dp.p'\) both move p of RNNDropout"),
+}
+
+@pytest.mark.parametrize('cbs,msg', TWO.values(), ids=TWO)
+def test_two_schedulers_of_one_attribute_are_refused(learn, cbs, msg):
+    w = [p.clone() for p in learn.model.parameters()]
+    with pytest.raises(ValueError, match=msg): fit_with(learn, cbs)
+    assert all(torch.equal(a,b) for a,b in zip(w, learn.model.parameters()))
+    assert learn.model[0].encoder_dp.embed_p==awd_lstm_lm_config['embed_p']
+
+def test_one_scheduler_after_another_is_fine(learn):
+    for cb in AnnealEmbedP(.5, .4), AnnealEmbedP(.1, 0), AnnealDropMult(1, .5), DropoutScheduler({'embed_p':f}):
+        learn.fit(1, cbs=cb)
+    assert applied(learn)[0]==.5
+
+def test_two_schedulers_beside_each_other_are_fine(learn):
+    learn.fit(1, cbs=[AnnealEmbedP(.5, .05), DropoutScheduler({'p':f}), DropoutScheduler({'weight_p':f})])
+    assert list(learn.recorder.hps)==['embed_p','p','weight_p']
+
+def test_after_a_refused_fit_the_next_one_runs(learn):
+    cb = AnnealEmbedP(.5, .05)
+    with pytest.raises(ValueError, match='both move'): learn.fit(1, cbs=[cb, AnnealEmbedP(.1, 0)])
+    learn.fit(1, cbs=cb)
+    np.testing.assert_allclose(applied(learn), plan(len(learn.dls.train)), atol=1e-9)
+
+@pytest.mark.parametrize('cls', [AnnealEmbedP, AnnealDropMult])
+@pytest.mark.parametrize('sched', [SchedEarly, SchedLate, SchedCurriculum, SchedPiecewise])
+def test_a_schedule_of_another_meaning_is_refused(cls, sched):
+    right = fr"sched={sched.__name__}: .* use DropoutScheduler\({{'embed_p': {sched.__name__}\(...\)}}\)"
+    with pytest.raises(ValueError, match=right): cls(.5, .05, sched)
+
+@pytest.mark.parametrize('make', [partial(AnnealEmbedP, .5, 0, SchedExp), partial(AnnealEmbedP, 0, .5, SchedExp),
+                                  partial(AnnealEmbedP, .5, 0, shapes['exp']), partial(AnnealDropMult, 1, 0, SchedExp),
+                                  partial(DropoutScheduler, {'embed_p':SchedExp(.5, 0)})])
+def test_exp_to_or_from_0_is_refused(make):
+    with pytest.raises(ValueError, match="schedule of '.*': SchedExp.*above 0; use SchedCos or SchedLin"): make()
+
+def test_exp_from_a_configured_0_is_refused(dls):
+    learn = awd_lstm_learner(dls, {**SMALL, 'embed_p':0.})
+    with pytest.raises(ValueError, match=r"SchedExp\(0.0, 0.1\)"): learn.fit(1, cbs=AnnealEmbedP(end=.1, sched=SchedExp))
+
+def test_lr_find_spends_no_epochs(learn):
+    cb,n = AnnealEmbedP(.5, .05, epochs=2),len(learn.dls.train)
+    learn.add_cb(cb)
+    learn.lr_find(num_it=10, show_plot=False)
+    learn.fit(1)
+    np.testing.assert_allclose(applied(learn), [f(i/n/2) for i in range(n)], atol=1e-9)
+    learn.lr_find(num_it=10, show_plot=False)
+    learn.fit(1)
+    np.testing.assert_allclose(applied(learn), [f((1+i/n)/2) for i in range(n)], atol=1e-9)
+
+def test_lr_find_between_a_crash_and_start_epoch(learn):
+    cb,n = AnnealEmbedP(.5, .05, epochs=3),len(learn.dls.train)
+    learn.add_cb(cb)
+    with pytest.raises(RuntimeError): learn.fit(3, cbs=Stop(n+5, RuntimeError))
+    learn.lr_find(num_it=10, show_plot=False)
+    learn.fit(3, start_epoch=1)
+    np.testing.assert_allclose(applied(learn), plan(n, 3, start=1), atol=1e-9)
+
+class Inner(Callback):
+    "Validates or predicts inside an epoch, and puts back the counts that fastai sets to 0 then"
+    order,run_valid = 80,False
+    def __init__(self, at, how): self.at,self.how = at,how
+    def after_batch(self):
+        if self.train_iter!=self.at: return
+        kept = {k:getattr(self.learn, k) for k in ('pct_train','train_iter','epoch','n_iter','dl','iter','xb','yb')}
+        metric_names = self.recorder.metric_names
+        self.how(self.learn)
+        assert self.recorder.metric_names==metric_names
+        for k,v in kept.items(): setattr(self.learn, k, v)
+        self.learn.training = True
+        self.model.train()
+
+INNER = dict(validate=lambda l: l.validate(), get_preds=lambda l: l.get_preds(reorder=False))
+
+@pytest.mark.parametrize('epochs', [None, 2, 4])
+@pytest.mark.parametrize('how', INNER.values(), ids=INNER)
+def test_a_validation_inside_an_epoch_counts_nothing_twice(learn, epochs, how):
+    n,seen = len(learn.dls.train),[]
+    learn.fit(2, cbs=[AnnealEmbedP(.5, .05, epochs=epochs), Watch(seen), Inner(5, how)])
+    np.testing.assert_allclose(seen, [f(i/n/(epochs or 2)) for i in range(2*n)], atol=1e-9)
+    assert applied(learn)==seen
+
+@pytest.mark.parametrize('how', INNER.values(), ids=INNER)
+def test_no_refusal_in_validate(learn, how):
+    learn.add_cbs([AnnealEmbedP(.5, .4), AnnealEmbedP(.1, 0), DropoutScheduler({'drop_p':f}), AnnealEmbedP(sched=SchedExp)])
+    how(learn)
+    assert learn.model[0].encoder_dp.embed_p==awd_lstm_lm_config['embed_p']
+
+class SkipFit(Callback):
+    def before_fit(self): raise CancelFitException
+
+@pytest.mark.parametrize('order', [-20, 51, 55, 70])
+@pytest.mark.parametrize('cb', [lambda: AnnealEmbedP(.5, .05), lambda: AnnealDropMult(1, 0, epochs=2), lambda: DropoutScheduler({'p':f})])
+def test_a_fit_that_is_cancelled_before_it_begins(learn, cb, order):
+    learn.fit_one_cycle(1, cbs=cb())
+    old,skip = {k:list(v) for k,v in learn.recorder.hps.items()},SkipFit()
+    skip.order = order
+    learn.fit(1, cbs=[ParamScheduler({'lr':SchedNo(1, 1)}), cb(), skip])
+    assert learn.recorder.hps==old if order<51 else not any(learn.recorder.hps.values())
+
+def test_after_fit_without_a_fit(learn):
+    learn.add_cbs([AnnealEmbedP(.5, .05), AnnealDropMult(1, 0)])
+    learn('after_fit')
+
+# Configured values go where the module goes
+
+COPIES = dict(deepcopy=copy.deepcopy, cloudpickle=lambda o: cloudpickle.loads(cloudpickle.dumps(o)))
+
+@pytest.mark.parametrize('how', COPIES.values(), ids=COPIES)
+def test_a_copied_learner_knows_what_was_configured(learn, how):
+    learn.add_cb(AnnealDropMult(1, .5))
+    learn.fit(1)
+    new = how(learn)
+    new.fit(1)
+    assert applied(new, 'drop_mult')[0]==1 and new.model[0].encoder_dp.embed_p==learn.model[0].encoder_dp.embed_p < .02
+    assert base_p(new.model[0].encoder_dp, 'embed_p')==.02
+
+def test_a_loaded_learner_knows_what_was_configured(learn):
+    learn.fit(1, cbs=AnnealEmbedP(end=0))
+    learn.save('model')
+    learn.load('model')
+    learn.fit(1, cbs=AnnealEmbedP(end=0))
+    assert applied(learn)[0]==.02
+
+def test_a_learner_without_schedulers_keeps_plain_modules(learn):
+    drop = learn.model[0].input_dp
+    before = dict(vars(drop))
+    learn.fit(1, cbs=AnnealEmbedP(.5, .05))
+    assert vars(drop).keys()==before.keys()
+
+# What a batch costs the device
+
+class Ops(torch.utils._python_dispatch.TorchDispatchMode):
+    "The operations of torch inside"
+    def __init__(self):
+        super().__init__()
+        self.names = []
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})
+
+@pytest.mark.parametrize('cb', [AnnealEmbedP(.5, .05), AnnealEmbedP(end=0, epochs=3), AnnealDropMult(1, 0)])
+def test_no_value_is_read_and_nothing_moved(learn, cb):
+    class Count(Callback):
+        run_valid,order = False,1000
+        def before_fit(self): self.ops = []
+        def before_batch(self):
+            with Ops() as o: cb('before_batch'), cb('after_batch')
+            self.ops += o.names
+    count = Count()
+    learn.fit(1, cbs=[cb, count])
+    assert set(count.ops) <= {'aten.fill_.Scalar'}

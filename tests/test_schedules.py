@@ -34,9 +34,11 @@ def test_named_schedules_refuse(make, msg):
 def test_piecewise_refuses(points, msg):
     with pytest.raises(ValueError, match=msg): SchedPiecewise(points)
 
-def test_a_schedules_own_value_is_its_value_times_one():
-    f = SchedLin(.5, .1)
-    assert eval_sched(f, 0)==[.5] and eval_sched(f, 0, 'p', (1, .5))==[.5, .25]
+def test_a_value_is_checked_with_the_largest_factor():
+    f = SchedLin(2, 0)
+    assert (eval_sched(f, .5), eval_sched(f, 0, most=.5), eval_sched(f, .1, most=.5))==(1, 2, 1.8)
+    with pytest.raises(ValueError, match="schedule of 'p' at pct=0: p=2"): eval_sched(f, 0, 'p')
+    with pytest.raises(ValueError, match="schedule of 'p' at pct=0: p=1.2"): eval_sched(f, 0, 'p', .6)
 
 # what is left of the way from start to end
 left = dict(cos=lambda x: (1+np.cos(np.pi*x))/2, lin=lambda x: 1-x, poly=lambda x: 1-x**2, const=lambda x: 1., early=lambda x: max(0, 1-3*x),
