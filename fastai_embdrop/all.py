@@ -9,4 +9,5 @@ from .run.files import load_weights
 from .run.corpus import Corpus, lm_dataloaders, read_corpus, tokenize
 from .run.settings import Settings
 from .run.checkpoint import Checkpoint, last_checkpoint
-from .run.train import load_run, train_lm
+from .run.folder import classifier_from_lm, load_run
+from .run.train import train_lm

@@ -13,7 +13,7 @@ from fastai_embdrop.anneal import AnnealEmbedP, DropoutScheduler
 from fastai_embdrop.awdlstm import awd_lstm_learner
 from fastai_embdrop.run.checkpoint import (CSVHistory, Checkpoint, checkpoint_files, fit_state, handling, last_checkpoint, plain, read_checkpoint)
 from fastai_embdrop.run.corpus import lm_dataloaders
-from fastai_embdrop.run.files import only_process, write_atomic
+from fastai_embdrop.run.files import run_lock, write_atomic
 from fastai_embdrop.run.train import main, run_files
 from conftest import SMALL, random_tokens, small_dls
 from test_train import TINY, fails, flags, text
@@ -161,7 +161,7 @@ def test_a_begun_run_is_not_overwritten_unasked(capsys, whole, args, broken):
     assert main([*args, '--overwrite']) is None
     same_run(whole, broken)
 
-@pytest.mark.parametrize('where', ['fastai_embdrop.run.train.save_run', 'fastai_embdrop.run.train._save_plot', 'fastai.text.all.LMLearner.predict'])
+@pytest.mark.parametrize('where', ['fastai_embdrop.run.train.save_run', 'fastai_embdrop.run.folder._save_plot', 'fastai.text.all.LMLearner.predict'])
 def test_broken_while_the_files_are_written(whole, args, tmp_path, monkeypatch, where):
     with monkeypatch.context() as m:
         m.setattr(where, raises(RuntimeError('broken')))
@@ -281,7 +281,7 @@ def test_no_more_can_be_written(capsys, whole, args, hook, tmp_path, block, msg)
 
 def test_disk_full_at_the_end(capsys, whole, args, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
-        m.setattr('fastai_embdrop.run.train.write_atomic', lambda path, write: write_atomic(path, raises(OSError(28, 'No space left on device'))))
+        m.setattr('fastai_embdrop.run.folder.write_atomic', lambda path, write: write_atomic(path, raises(OSError(28, 'No space left on device'))))
         assert fails(capsys, *args).endswith('model.pth: cannot be written (No space left on device)\n')
     assert main([*args, '--resume']) is None
     same_run(whole, tmp_path/'run')
@@ -332,7 +332,7 @@ def test_runs_outside_of_the_main_thread(whole, args, tmp_path):
 
 def test_the_lock(capsys, args, broken):
     (broken/'lock').write_text('12345, which is dead')
-    with only_process(broken): assert f'process {os.getpid()} is writing there' in fails(capsys, *args, '--resume')
+    with run_lock(broken): assert f'process {os.getpid()} is writing there' in fails(capsys, *args, '--resume')
     assert sorted(os.listdir(broken))==sorted(checkpoint_files)
 
 def command(args):
