@@ -24,7 +24,8 @@ from .checkpoint import CSVHistory,Checkpoint,checkpoint_files,handling,last_che
 from .corpus import fingerprint,lm_dataloaders,read_corpus,tokenize
 from .files import read_json,run_lock
 from .folder import check_out_dir,load_run,run_files,run_learner,save_run
-from .settings import Settings,check_keys,find_device,parse_args,shapes,to_ini
+from .settings import Settings,check_keys,find_device,parse_args,to_ini
+from ..schedules import shapes
 
 # %% ../../nbs/run/06_train.ipynb #73fbc733
 def train_lm(

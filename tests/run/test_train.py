@@ -169,7 +169,9 @@ def test_history(run):
     assert list(hist)==['epoch','train_loss','valid_loss','perplexity','embed_p','time'] and len(hist)==2
     assert np.allclose(hist.perplexity, np.exp(hist.valid_loss))
 
-@pytest.mark.parametrize('name,sched', [('cos',SchedCos(.6,.1)), ('lin',SchedLin(.6,.1)), ('exp',SchedExp(.6,.1)), ('poly',SchedPoly(.6,.1,2)), ('const',SchedNo(.6,.1))])
+@pytest.mark.parametrize('name,sched', [
+    ('cos',SchedCos(.6,.1)), ('lin',SchedLin(.6,.1)), ('exp',SchedExp(.6,.1)), ('poly',SchedPoly(.6,.1,2)),
+    ('const',SchedNo(.6,.1)), ('early',lambda pct: max(.6-1.5*pct, .1)), ('late',lambda pct: .6 if pct<.5 else .1)])
 def test_embed_p_follows_the_schedule(tmp_path, text, name, sched):
     learn = train_lm(Settings(**{**TINY, 'epochs':3}, data=text, out=tmp_path, embed_p=.6, embed_p_end=.1, sched=name))
     n,hist = len(learn.dls.train),pd.read_csv(tmp_path/'history.csv')
