@@ -4,7 +4,7 @@ BIN    := .venv/bin
 SHELL  := /bin/bash
 SETUP  := .venv/.installed
 
-.PHONY: train test readme docs export
+.PHONY: train test gpu readme docs export
 
 train: $(SETUP)
 	$(BIN)/embdrop-train settings.ini --overwrite
@@ -35,6 +35,10 @@ $(LONG): export OMP_NUM_THREADS = 1
 $(LONG): $(SETUP)
 	@mkdir -p build/long
 	set -o pipefail; ($(CMD)) 2>&1 | tee build/long/$@
+
+# Every check and figure on an NVIDIA card, 25 minutes in all; GROUP=1 to 4 is a part of at most eight minutes.
+gpu: $(SETUP)
+	$(BIN)/python -m benchmarks.gpu $(if $(GROUP),--group $(GROUP))
 
 # Bring the library and README.md in line with the notebooks.
 export: $(SETUP)

@@ -1,4 +1,4 @@
-"""Pins, on the simulated accelerator of `simgpu`: nothing of ours mixes devices or adds a copy or a read to a fit's own.
+"""Pins, on the simulated accelerator of `simgpu`: nothing of ours mixes devices or adds copies or reads to a fit's own.
 
 Each check is run on faulty code too, which it must catch.
 """
@@ -210,7 +210,8 @@ def check_fit(fastais, cbs=lambda: [], **kw):
 scheds = {'embed_p':SchedLin(.5, .1), '0.input_dp.p':SchedLin(.2, .1)}
 fits = dict(model=dict(learner=partial(our_learner, keep_logits=True)), model_and_loss=dict(),
             loss=dict(learner=lambda *args, **kw: without_logits(fastais_learner(*args, **kw))),
-            anneal=dict(cbs=lambda: [AnnealEmbedP(.5, .05)]), epochs=dict(cbs=lambda: [AnnealEmbedP(.5, .05, epochs=3)]),
+            anneal=dict(cbs=lambda: [AnnealEmbedP(.5, .05)]),
+            epochs=dict(cbs=lambda: [AnnealEmbedP(.5, .05, epochs=3)]),
             drop_mult=dict(cbs=lambda: [AnnealDropMult(1, .5)]), scheduler=dict(cbs=lambda: [DropoutScheduler(scheds)]))
 
 @pytest.mark.parametrize('kw', fits.values(), ids=fits)
