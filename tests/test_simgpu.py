@@ -12,9 +12,10 @@ from fastai.callback.core import Callback
 from fastai.text.all import AWD_LSTM as FastaiAWD_LSTM, Perplexity, SchedLin, language_model_learner, set_seed
 from fastai.text.models.awdlstm import awd_lstm_lm_config as fastais_config
 from fastai.text.models.core import get_text_classifier
+from fastai_embdrop import dropout
 from fastai_embdrop.anneal import AnnealDropMult, AnnealEmbedP, DropoutScheduler
 from fastai_embdrop.awdlstm import AWD_LSTM, awd_lstm_clas_config, awd_lstm_learner, awd_lstm_lm
-from fastai_embdrop.dropout import EmbeddingDropout, dropout_mask
+from fastai_embdrop.dropout import EmbeddingDropout
 from fastai_embdrop.embeddings import add_embedding_dropout, remove_embedding_dropout
 from fastai_embdrop.loss import without_logits
 from fastai_embdrop.run.checkpoint import Checkpoint, last_checkpoint
@@ -109,21 +110,23 @@ ways = [dict(), dict(hold=True), dict(per='sequence'), dict(per='sequence', hold
 def test_embedding_dropout(kw, sparse, V):
     for moved in (False, True): check_draws(V=V, sparse=sparse, moved=moved, **kw)
 
-def read(mask):
-    mask.sum().item()
-    return mask
+def reads(f):
+    "`f`, which also looks at a value of its result"
+    def planted(*args):
+        res = f(*args)
+        res.flatten()[0].item()
+        return res
+    return planted
 
-def copied(mask): return mask*torch.tensor(1., device=mask.device)
+def copies(f): return lambda *args: f(*args)*torch.tensor(1, device=args[0].device)
+def on_the_cpu(f): return lambda *args: f(*map(on_host, args))
 
-faulty_masks = dict(reads=(lambda x, sz, p: read(dropout_mask(x, sz, p)), AssertionError),
-                    copies=(lambda x, sz, p: copied(dropout_mask(x, sz, p)), AssertionError),
-                    on_the_cpu=(lambda x, sz, p: dropout_mask(torch.empty(0), sz, p), RuntimeError))
-
-@pytest.mark.parametrize('mask, error', faulty_masks.values(), ids=faulty_masks)
-def test_a_fault_in_the_mask_is_caught(mask, error, monkeypatch):
-    check_draws()
-    monkeypatch.setattr('fastai_embdrop.dropout.dropout_mask', mask)
-    with pytest.raises(error, match='read|to card|same device'): check_draws()
+@pytest.mark.parametrize('fault, error', [(reads, AssertionError), (copies, AssertionError), (on_the_cpu, RuntimeError)])
+@pytest.mark.parametrize('name, per', [('dropout_mask','batch'), ('splitmix64','token')])
+def test_a_fault_in_the_mask_is_caught(name, per, fault, error, monkeypatch):
+    check_draws(per=per)
+    monkeypatch.setattr(dropout, name, fault(getattr(dropout, name)))
+    with pytest.raises(error, match='read|to card|same device'): check_draws(per=per)
 
 @pytest.mark.parametrize('per', ['batch', 'sequence', 'token'])
 @pytest.mark.parametrize('moved', [False, True], ids=['built there','moved there'])
@@ -157,6 +160,20 @@ def test_awd_lstm(kw, dtype):
         lm.eval()
         for words in batches: out = lm(words)[0]
         assert out.device==card and out.dtype==dtype and not seen
+
+@pytest.mark.parametrize('kw', ways, ids=str)
+def test_awd_lstm_from_meta(kw):
+    source = awd_lstm_lm(50, SMALL)
+    with simulated() as seen:
+        with torch.device('meta'): lm = awd_lstm_lm(50, {**SMALL, **kw})
+        lm.to_empty(device=card)
+        lm.load_state_dict(source.state_dict())
+        lm.reset()
+        words = torch.randint(0, 50, (3,7), device=card)
+        seen.clear()
+        for _ in range(2): out = lm(words)[0]
+        out.sum().backward()
+        assert out.device==card and not seen
 
 def test_classifier():
     configs = {AWD_LSTM:{**awd_lstm_clas_config, **SMALL}, FastaiAWD_LSTM:SMALL}
