@@ -121,7 +121,9 @@ def reads(f):
 def copies(f): return lambda *args: f(*args)*torch.tensor(1, device=args[0].device)
 def on_the_cpu(f): return lambda *args: f(*map(on_host, args))
 
-@pytest.mark.parametrize('fault, error', [(reads, AssertionError), (copies, AssertionError), (on_the_cpu, RuntimeError)])
+faults = [(reads,AssertionError), (copies,AssertionError), (on_the_cpu,RuntimeError)]
+
+@pytest.mark.parametrize('fault, error', faults)
 @pytest.mark.parametrize('name, per', [('dropout_mask','batch'), ('splitmix64','token')])
 def test_a_fault_in_the_mask_is_caught(name, per, fault, error, monkeypatch):
     check_draws(per=per)
