@@ -10,7 +10,7 @@ import fastai, torch
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
-from fastai.text.all import Callback, DataLoader, DataLoaders, Learner, get_model, rank_distrib, set_seed
+from fastai.text.all import Callback, DataLoader, DataLoaders, get_model, rank_distrib, set_seed
 from fastai_embdrop import __version__
 from fastai_embdrop.all import (AnnealEmbedP, Checkpoint, EmbeddingDropout, awd_lstm_learner, awd_lstm_lm,
                                 last_checkpoint, load_run)
@@ -18,6 +18,7 @@ from fastai_embdrop.awdlstm import WeightDropout
 from fastai_embdrop.dropout import splitmix64
 from fastai_embdrop.loss import linear_loss
 from fastai_embdrop.run.train import main as embdrop_train
+from benchmarks import anneal
 from benchmarks.common import interleave, provenance
 
 root = Path(__file__).parent.parent
@@ -526,28 +527,12 @@ def two_cards(s):
 
 # L. Figures
 
-class Embeddings(nn.Module):
-    "`n` embeddings with dropout, whose sum is a loss"
-    def __init__(self, n):
-        super().__init__()
-        self.embs = nn.ModuleList(EmbeddingDropout(nn.Embedding(9, 2), .1) for _ in range(n))
-    def forward(self, x): return sum(m(x).sum() for m in self.embs)
-
-def fit_seconds(dls, n, cbs):
-    learn = Learner(dls, Embeddings(n), loss_func=lambda loss, targ: loss)
-    with learn.no_bar(), learn.no_logging():
-        began = time.perf_counter()
-        learn.fit(1, 1e-3, cbs=cbs)
-        return time.perf_counter()-began
-
-@check('L', 4, cases={'1 module':dict(n=1), '30 modules':dict(n=30)})
-def scheduler_time(s, n):
-    "Microseconds that `AnnealEmbedP` adds to a batch of a model with `n` embeddings"
-    dls,best = zipf_loaders(9, 1, 1, s.size(300, 30), s.device),{}
-    for _ in range(s.size(5, 2)):
-        for k,cbs in dict(without=[], annealed=[AnnealEmbedP(.5, .05)]).items():
-            best[k] = min(best.get(k, math.inf), fit_seconds(dls, n, cbs))
-    return dict(us_a_batch=round(1e6*(best['annealed']-best['without'])/len(dls.train), 1))
+@check('L', 4)
+def scheduler_time(s):
+    "Microseconds of a scheduler's events in a batch; see `benchmarks.anneal`"
+    fs = {name:anneal.batches(model, cb, s.device) for name,(_,model,cb) in anneal.kinds().items()}
+    ms = interleave(fs, s.size(41, 3), str(s.device))
+    return {name:round(1000*v/anneal.calls, 1) for name,v in ms.items()}
 
 @check('L', 4, 'card')
 def kernels(s):
@@ -579,7 +564,7 @@ def benchmark(s, cmd):
 
 @check('M', 3, 'card', 'pytest')
 def tests_marked_cuda(s):
-    out = output_of('-m', 'pytest', '-m', 'cuda', 'tests/test_cuda.py', '-p', 'no:cacheprovider')
-    return dict(last_line=out.splitlines()[-1])
+    files = sorted(str(p) for p in (root/'tests').rglob('test_*.py') if 'mark.cuda' in p.read_text())
+    return dict(last_line=output_of('-m', 'pytest', '-m', 'cuda', '-p', 'no:cacheprovider', *files).splitlines()[-1])
 
 if __name__=='__main__': rank_main(sys.argv[1])

@@ -4,10 +4,12 @@ from pathlib import Path
 import pytest, torch
 from torch import nn
 from torch.nn import functional as F
+
+root = Path(__file__).parent.parent
+sys.path.insert(0, str(root)) # `benchmarks` is no part of the installed package
 from benchmarks import gpu
 from benchmarks.gpu_checks import Check, checks
 
-root = Path(__file__).parent.parent
 no_fused_loss = gpu.missing('fused loss', torch.device('cpu'))
 
 def rows(path): return {r['name']:r for r in json.loads(path.read_text())['rows']}
