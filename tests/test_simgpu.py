@@ -256,7 +256,7 @@ def check_checkpoint(cls, folder, fastais):
     "A fit with one checkpoint copies each of its tensors to the host once, and asks for no more"
     asked = fit(cbs=lambda: [cls(folder)])[1]
     extra = asked - fastais
-    assert fastais <= asked and {k for k,_ in extra}=={'to host'}, extra
+    assert fastais <= asked and {k for k,_ in extra}=={'to host'}, str(extra)
     assert 0 < extra.total() <= tensors(last_checkpoint(folder))
 
 class WaitsAtEachBatch(Checkpoint):

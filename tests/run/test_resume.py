@@ -1,99 +1,17 @@
-"""Pins that a fit which was broken off ends as one that was not, to the bit: at every batch, killed at any time, with torn files, full disks and signals.
+"""Pins that a run which was broken off ends as one that was not, to the bit: killed at any time, with torn files, full disks and signals.
 
-EMBDROP_KILLS (5) is how often `test_killed_at_any_time` kills."""
+EMBDROP_KILLS (5) is how often `test_killed_at_any_time` kills. Fits of other kinds are in test_checkpoint.py."""
 import json, multiprocessing, os, pickle, random, shutil, signal, subprocess, sys, threading, time
-from io import BytesIO
 from pathlib import Path
-import numpy as np, pandas as pd, pytest, torch
-from torch import nn
-from fastai.basics import Callback, DataLoader, DataLoaders, L, Learner, OptimWrapper, defaults, mse, set_seed
-from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.tracker import EarlyStoppingCallback
-from fastai_embdrop.anneal import AnnealEmbedP, DropoutScheduler
-from fastai_embdrop.awdlstm import awd_lstm_learner
-from fastai_embdrop.run.checkpoint import (CSVHistory, Checkpoint, checkpoint_files, fit_state, handling, last_checkpoint, plain, read_checkpoint)
-from fastai_embdrop.run.corpus import lm_dataloaders
+import pandas as pd, pytest, torch
+from fastai.basics import Callback, defaults
+from fastai_embdrop.run.checkpoint import checkpoint_files, last_checkpoint, read_checkpoint
 from fastai_embdrop.run.files import run_lock, write_atomic
 from fastai_embdrop.run.train import main, run_files
-from conftest import SMALL, random_tokens, small_dls
 from test_train import TINY, fails, flags, text
 
 KILLS = int(os.environ.get('EMBDROP_KILLS', 5))
 new,prev = checkpoint_files
-
-# In a fit: every batch
-
-class Keep(Checkpoint):
-    "Keeps each checkpoint in memory"
-    def before_fit(self): super().before_fit(); self.kept = []
-    def save(self):
-        torch.save(fit_state(self.learn, self.start, self.info), f := BytesIO())
-        self.kept.append(f.getvalue())
-
-def lm():
-    learn = awd_lstm_learner(small_dls(200), SMALL)
-    return lambda cbs: learn.fit_one_cycle(2, 1e-2, cbs=[*cbs, AnnealEmbedP(.5, .05)]), learn
-
-def documents():
-    docs = [random_tokens(9, i) for i in range(12)]
-    learn = awd_lstm_learner(lm_dataloaders(docs, docs[:4], tok='split', min_freq=1, bs=4, seq_len=8, device='cpu'), {**SMALL, 'per':'sequence'})
-    return lambda cbs: learn.fit(3, 1e-2, cbs=[*cbs, AnnealEmbedP(.5, .05), CSVHistory()]), learn
-
-class Noise(nn.Module):
-    "Draws from all three generators"
-    def forward(self, x): return x*np.random.rand()*random.random()*torch.rand(1)
-
-class Scaled(MixedPrecision):
-    "fastai's gradient scaler, on a CPU and in float32"
-    def before_fit(self): self.autocast,self.learn.scaler,self.scales = torch.autocast('cpu', enabled=False),torch.amp.GradScaler('cpu', growth_interval=3),L()
-
-def regression():
-    ds = [(torch.full((3,), float(i)), torch.tensor([i/7.])) for i in range(20)]
-    dls = DataLoaders(DataLoader(ds, bs=4, shuffle=True), DataLoader(ds, bs=4), device='cpu')
-    model = nn.Sequential(nn.Linear(3,4), nn.BatchNorm1d(4), nn.Dropout(.5), Noise(), nn.Linear(4,1))
-    learn = Learner(dls, model, mse, opt_func=lambda ps, **kw: OptimWrapper(ps, torch.optim.AdamW, **kw), cbs=Callback(after_batch=lambda self: seen(self)))
-    learn.seen = []
-    def seen(cb): cb.learn.seen.append(cb.learn.scaler.get_scale())
-    cbs = [DropoutScheduler({'2.p':lambda pct: .5*pct}, epochs=6), EarlyStoppingCallback(patience=5), Scaled()]
-    return lambda o: learn.fit_flat_cos(3, 1e-2, cbs=[*o, *cbs]), learn
-
-def run_fit(make, state=None):
-    "Checkpoints of a fit, and all that came of it"
-    set_seed(1, reproducible=True)
-    fit,learn = make()
-    fit([keep := Keep('.', 1, state)])
-    res = {k:getattr(learn.recorder, k, None) for k in ('losses','lrs','iters','values','hps')}
-    return keep.kept,plain(res | dict(
-        model=dict(learn.model.state_dict()), opt=learn.opt.state_dict(), pct=learn.pct_train, n=learn.train_iter, scale=getattr(learn, 'seen', [0])[-1],
-        draws=[random.random(), np.random.rand(), torch.rand(1)]))
-
-def position(data):
-    state = torch.load(BytesIO(data), weights_only=True)
-    return state['epoch'],state['done']
-
-def assert_same(a, b): torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
-
-@pytest.mark.parametrize('make', [lm, documents, regression])
-def test_resumed_at_every_batch(make, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    kept,whole = run_fit(make)
-    assert len(kept)==whole['n'] > 10
-    for i,k in enumerate(kept, 1):
-        rest,res = run_fit(make, torch.load(BytesIO(k), weights_only=True))
-        assert_same(whole, res)
-        assert len(rest)==len(kept)-i and (not rest or position(rest[0])==position(kept[i]))
-
-def test_another_fit_is_refused(tmp_path):
-    fit,learn = lm()
-    fit([Checkpoint(tmp_path)])
-    state = last_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match='callback .* csv_history'): lm()[0]([Checkpoint(tmp_path, state=state), CSVHistory()])
-    with pytest.raises(ValueError, match='of 2 epochs of .* batches, the fit of 3'): lm()[1].fit(3, cbs=Checkpoint(tmp_path, state=state))
-
-def test_lr_find_writes_no_checkpoint(tmp_path):
-    learn = awd_lstm_learner(small_dls(), SMALL, path=tmp_path, cbs=Checkpoint(tmp_path/'run', every=1))
-    learn.lr_find(num_it=6, show_plot=False)
-    assert not (tmp_path/'run').exists()
 
 # A run
 
@@ -212,27 +130,6 @@ def test_other_versions_warn(capsys, args, broken, monkeypatch):
 
 # Files
 
-def as_bytes(o):
-    torch.save(o, f := BytesIO())
-    return f.getvalue()
-
-def test_cut_anywhere(broken, tmp_path):
-    small,large = as_bytes(dict(version=1, a=torch.arange(5))),(broken/new).read_bytes()
-    cuts = [small[:n] for n in range(len(small))] + [large[:n] for n in [*random.Random(0).sample(range(len(large)), 50), *range(len(large)-100, len(large))]]
-    for data in cuts:
-        (tmp_path/'cut').write_bytes(data)
-        with pytest.raises(ValueError, match='not a whole checkpoint'): read_checkpoint(tmp_path/'cut')
-
-def test_a_flipped_bit_is_recognized_or_harmless(tmp_path):
-    data,ok = bytearray(good := as_bytes(dict(version=1, a=torch.arange(5)))),0
-    for n in range(len(data)):
-        data[n] ^= 1
-        (tmp_path/'flip').write_bytes(data)
-        data[n] ^= 1
-        try: ok += as_bytes(read_checkpoint(tmp_path/'flip'))==good or pytest.fail(f'byte {n}')
-        except ValueError as e: assert str(e).startswith(f"{tmp_path/'flip'}: ") and '\n' not in str(e)
-    assert ok < len(data)
-
 @pytest.mark.filterwarnings('default')
 def test_a_torn_file_falls_back(capsys, whole, args, broken):
     (broken/new).write_bytes((broken/new).read_bytes()[:5000])
@@ -260,10 +157,6 @@ def test_no_code_in_a_checkpoint_runs(broken, tmp_path):
     (broken/new).write_bytes(pickle.dumps(Bomb(tmp_path/'boom')))
     with pytest.raises(ValueError): read_checkpoint(broken/new)
     assert not (tmp_path/'boom').exists()
-
-def test_another_version_is_refused(tmp_path):
-    torch.save(dict(version=0), tmp_path/new)
-    with pytest.raises(ValueError, match='version 0 of a checkpoint, where 1 is read'): last_checkpoint(tmp_path)
 
 def full_disk(tmp): tmp.symlink_to('/dev/full')
 
@@ -316,12 +209,6 @@ def test_handlers_are_given_back(args):
     before = [signal.getsignal(s) for s in (signal.SIGINT,signal.SIGTERM)]
     main(args)
     assert [signal.getsignal(s) for s in (signal.SIGINT,signal.SIGTERM)]==before
-
-def test_without_the_command_ctrl_c_is_a_keyboard_interrupt(tmp_path):
-    ckpt = Checkpoint(tmp_path, every=100)
-    with handling(signal.default_int_handler), pytest.raises(KeyboardInterrupt), ckpt.signals(): # jobs in the background are born deaf to Ctrl-C
-        lm()[1].fit(2, cbs=[ckpt, Callback(after_batch=lambda cb: signal.raise_signal(signal.SIGINT) if cb.train_iter==3 else None)])
-    assert last_checkpoint(tmp_path)['train_iter']==3
 
 def test_runs_outside_of_the_main_thread(whole, args, tmp_path):
     t = threading.Thread(target=main, args=(args,))

@@ -1,0 +1,409 @@
+"""Pins `Checkpoint` in a fit of any kind: resumed at every batch, it ends as the fit that was not broken off, to the bit.
+
+Also: what of a callback's state is kept, as which type, and what is named because it is not; damaged and foreign files."""
+import pickle, random, signal, warnings
+from collections import Counter, OrderedDict, defaultdict, deque
+from datetime import date
+from io import BytesIO
+from pathlib import Path
+import numpy as np, pytest, simgpu, torch
+from hypothesis import given, strategies as st
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from fastai.basics import (Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, L, Learner, OptimWrapper, accuracy, mse,
+                           set_seed)
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.mixup import MixUp
+from fastai.callback.progress import CSVLogger
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback, TerminateOnNaNCallback
+from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai_embdrop.anneal import AnnealEmbedP, DropoutScheduler
+from fastai_embdrop.awdlstm import awd_lstm_learner
+from fastai_embdrop.run.checkpoint import (CSVHistory, Checkpoint, checkpoint_files, from_plain, last_checkpoint,
+                                           read_checkpoint, signal_handlers, to_plain)
+from fastai_embdrop.run.corpus import lm_dataloaders
+from conftest import SMALL, random_tokens, small_dls
+
+new,prev = checkpoint_files
+
+# Every batch of every kind of fit
+
+class Keep(Checkpoint):
+    "Keeps each checkpoint in memory"
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.kept = []
+    def save(self): self.kept.append(as_bytes(self._state()))
+
+def as_bytes(o):
+    f = BytesIO()
+    torch.save(o, f)
+    return f.getvalue()
+
+def lm():
+    learn = awd_lstm_learner(small_dls(200), SMALL)
+    return lambda cbs: learn.fit_one_cycle(2, 1e-2, cbs=[*cbs, AnnealEmbedP(.5, .05)]), learn
+
+def documents():
+    docs = [random_tokens(9, i) for i in range(12)]
+    dls = lm_dataloaders(docs, docs[:4], tok='split', min_freq=1, bs=4, seq_len=8, device='cpu')
+    learn = awd_lstm_learner(dls, {**SMALL, 'per':'sequence'})
+    return lambda cbs: learn.fit(3, 1e-2, cbs=[*cbs, AnnealEmbedP(.5, .05), CSVHistory()]), learn
+
+def constant():
+    "`embed_p` other than the configured one, and the same at every batch"
+    learn = awd_lstm_learner(small_dls(200), {**SMALL, 'per':'sequence', 'embed_p':.1})
+    return lambda cbs: learn.fit(2, 1e-2, cbs=[*cbs, AnnealEmbedP(.4, .4)]), learn
+
+def tuned():
+    "Two fits of the same size in one call, and a schedule over both"
+    learn,sched = awd_lstm_learner(small_dls(200), SMALL),AnnealEmbedP(.5, .05, epochs=2)
+    return lambda cbs: learn.fine_tune(1, 1e-2, cbs=[*cbs, sched]), learn
+
+def accumulated():
+    "A step after every third batch; an epoch is no multiple of that"
+    learn = awd_lstm_learner(small_dls(200), SMALL)
+    assert len(learn.dls.train)%3
+    return lambda cbs: learn.fit_one_cycle(2, 1e-2, cbs=[*cbs, GradientAccumulation(12), AnnealEmbedP(.5, .05)]), learn
+
+def sparse():
+    "Sparse gradients that wait for their step"
+    ds = [(torch.tensor([i, (i*i)%20]), torch.tensor([i/7.])) for i in range(20)]
+    dls = DataLoaders(DataLoader(ds, bs=4, shuffle=True), DataLoader(ds, bs=4), device='cpu')
+    model = nn.Sequential(nn.Embedding(20, 3, sparse=True), nn.Flatten(), nn.Linear(6, 1))
+    learn = Learner(dls, model, mse, opt_func=lambda ps, **kw: OptimWrapper(ps, torch.optim.SGD, **kw), wd=0.)
+    return lambda cbs: learn.fit(3, 1e-2, cbs=[*cbs, GradientAccumulation(12)]), learn
+
+class Noise(nn.Module):
+    "Draws from all three generators"
+    def forward(self, x): return x*np.random.rand()*random.random()*torch.rand(1)
+
+class Scaled(MixedPrecision):
+    "fastai's gradient scaler, on a CPU and in float32"
+    def before_fit(self):
+        self.learn.scaler = torch.amp.GradScaler('cpu', growth_interval=3)
+        self.autocast,self.scales = torch.autocast('cpu', enabled=False),L()
+
+class ScaleSeen(Callback):
+    def __init__(self, seen): self.append = seen.append
+    def after_batch(self): self.append(self.scaler.get_scale())
+
+def regression():
+    ds = [(torch.full((3,), float(i)), torch.tensor([i/7.])) for i in range(20)]
+    dls = DataLoaders(DataLoader(ds, bs=4, shuffle=True), DataLoader(ds, bs=4), device='cpu')
+    model = nn.Sequential(nn.Linear(3,4), nn.BatchNorm1d(4), nn.Dropout(.5), Noise(), nn.Linear(4,1))
+    learn = Learner(dls, model, mse, opt_func=lambda ps, **kw: OptimWrapper(ps, torch.optim.AdamW, **kw))
+    learn.seen = []
+    cbs = [DropoutScheduler({'2.p':lambda pct: .5*pct}, epochs=6), EarlyStoppingCallback(patience=5), Scaled(),
+           ScaleSeen(learn.seen)]
+    return lambda o: learn.fit_flat_cos(3, 1e-2, cbs=[*o, *cbs]), learn
+
+class Various(Callback):
+    "Keeps its state in types of many kinds, and lets the weights depend on it"
+    def before_fit(self):
+        self.pairs,self.recent,self.seen,self.total = [],deque(maxlen=3),set(),np.zeros(2, np.float32)
+        self.by_word = L()
+    def after_batch(self):
+        if not self.training: return
+        loss = self.learn.loss.item()
+        self.pairs.append((loss, len(self.pairs)))
+        self.recent.append(loss)
+        self.seen.add(round(loss, 1))
+        self.total += np.float32(loss)
+        self.by_word.append(self.total.copy())
+        size = sum(self.recent) + len(self.recent) + len(self.seen) + float(self.total.sum()) + len(self.by_word)
+        with torch.no_grad(): next(self.model.parameters()).mul_(1-1e-4*size)
+
+def various():
+    learn = awd_lstm_learner(small_dls(200), SMALL)
+    return lambda cbs: learn.fit(2, 1e-2, cbs=[*cbs, Various()]), learn
+
+def run_fit(make, state=None):
+    "Checkpoints of a fit, and all that came of it"
+    set_seed(1, reproducible=True)
+    fit,learn = make()
+    keep = Keep('.', 1, state)
+    fit([keep])
+    res = {k:getattr(learn.recorder, k, None) for k in ('losses','lrs','iters','values','hps')}
+    draws = [random.random(), np.random.rand(), torch.rand(1)]
+    return keep.kept,to_plain(res | dict(
+        model=dict(learn.model.state_dict()), opt=learn.opt.state_dict(), pct=learn.pct_train, n=learn.train_iter,
+        scale=getattr(learn, 'seen', [0])[-1], draws=draws))
+
+def position(data):
+    state = torch.load(BytesIO(data), weights_only=True)
+    return len(state['finished']),state['epoch'],state['done']
+
+def assert_alike(a, b):
+    "Of the same types all through, and equal"
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor): return torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    if isinstance(a, np.ndarray): return np.testing.assert_array_equal(a, b, strict=True)
+    if isinstance(a, dict): a,b = list(a.items()),list(b.items())
+    if isinstance(a, deque): assert a.maxlen==b.maxlen
+    if isinstance(a, (list,tuple,L,deque)):
+        assert len(a)==len(b)
+        for x,y in zip(a, b): assert_alike(x, y)
+    else: assert a==b or (a!=a and b!=b)
+
+kinds = [lm, documents, constant, tuned, accumulated, sparse, regression, various]
+
+@pytest.mark.parametrize('make', kinds)
+def test_resumed_at_every_batch(make, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kept,whole = run_fit(make)
+    last_fit = position(kept[-1])[0]
+    assert sum(position(k)[0]==last_fit for k in kept)==whole['n'] and len(kept) > 10
+    for i,k in enumerate(kept, 1):
+        rest,res = run_fit(make, torch.load(BytesIO(k), weights_only=True))
+        assert_alike(whole, res)
+        assert len(rest)==len(kept)-i and (not rest or position(rest[0])==position(kept[i]))
+
+# Where in a fit
+
+class Killed(Callback):
+    "As by a crash, in the `n`-th training batch since it was made"
+    order = 2000
+    def __init__(self, n): self.left = iter(range(n-1))
+    def after_batch(self):
+        if self.training and next(self.left, None) is None: raise RuntimeError('killed')
+
+def killed(folder, n, fit=lambda learn, cbs: learn.fit(2, 1e-2, cbs=cbs), cb=Callback):
+    "The last checkpoint of a fit that was killed"
+    set_seed(1, reproducible=True)
+    with pytest.raises(RuntimeError, match='killed'):
+        fit(awd_lstm_learner(small_dls(200), SMALL), [Checkpoint(folder, 2), cb(), Killed(n)])
+    return last_checkpoint(folder)
+
+def test_other_callbacks_see_the_iteration_of_a_whole_epoch(tmp_path):
+    class Seen(Callback):
+        def before_fit(self): self.at = []
+        def before_batch(self): self.at.append((self.epoch, self.training, int(self.iter)))
+        def after_batch(self): self.at.append(int(self.iter))
+    state = killed(tmp_path, 5, cb=Seen)
+    fits = []
+    for st in None,state:
+        seen,learn = Seen(),awd_lstm_learner(small_dls(200), SMALL)
+        learn.fit(2, 1e-2, cbs=[Checkpoint(tmp_path, 2, st), seen, Killed(99)])
+        fits.append(seen.at)
+        assert len(learn.cbs)==len(awd_lstm_learner(small_dls(200), SMALL).cbs)
+    assert fits[0]==fits[1]
+
+@pytest.mark.parametrize('epochs,n', [(1,9), (3,25), (3,8)])
+def test_fine_tune(tmp_path, epochs, n, capsys):
+    "Killed in the second fit, whose last checkpoint may still be of the first"
+    def fit(learn, cbs): learn.fine_tune(epochs, 1e-2, cbs=cbs)
+    state = killed(tmp_path/'killed', n, fit)
+    assert len(state['finished'])==(n>8)
+    models = []
+    for folder,st in ('whole',None),('killed',state):
+        set_seed(1, reproducible=True)
+        learn = awd_lstm_learner(small_dls(200), SMALL)
+        fit(learn, [Checkpoint(tmp_path/folder, 2, st), Callback(), Killed(99)])
+        models.append(learn.model.state_dict())
+    assert_alike(*models)
+    assert capsys.readouterr().out==('fit 1 is finished: skipped\n' if n>8 else '')
+
+def test_another_fit_is_refused(tmp_path):
+    fit,learn = lm()
+    fit([Checkpoint(tmp_path)])
+    state = last_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match='callback .* csv_history'): lm()[0]([Checkpoint(tmp_path, state=state), CSVHistory()])
+    with pytest.raises(ValueError, match='of 2 epochs of .* batches, the fit of 3'):
+        lm()[1].fit(3, cbs=Checkpoint(tmp_path, state=state))
+
+def test_a_first_fit_of_another_length_is_refused(tmp_path):
+    state = killed(tmp_path, 9, lambda learn, cbs: learn.fine_tune(1, cbs=cbs))
+    with pytest.raises(ValueError, match='fit 1 of the checkpoint has 1 epochs, this one 2'):
+        awd_lstm_learner(small_dls(200), SMALL).fit(2, cbs=[Checkpoint(tmp_path, 2, state), Callback(), Killed(99)])
+
+def test_lr_find_writes_no_checkpoint(tmp_path):
+    learn = awd_lstm_learner(small_dls(), SMALL, path=tmp_path, cbs=Checkpoint(tmp_path/'run', every=1))
+    learn.lr_find(num_it=6, show_plot=False)
+    assert not (tmp_path/'run').exists()
+
+def test_between_the_fits_of_a_learner(tmp_path):
+    "`validate`, `get_preds` and `lr_find` are no fits: they neither use up the state nor count as finished"
+    state,models = killed(tmp_path/'killed', 13),[]
+    for folder,st,between in ('whole',None,False),('killed',state,True):
+        set_seed(1, reproducible=True)
+        learn = awd_lstm_learner(small_dls(200), SMALL, path=tmp_path, cbs=Checkpoint(tmp_path/folder, 2, st))
+        if between:
+            with_state = learn.validate()
+            with learn.removed_cbs(learn.checkpoint): assert with_state==learn.validate()
+            learn.get_preds(reorder=False)
+            learn.lr_find(num_it=6, show_plot=False)
+            learn.opt = None
+        learn.fit(2, 1e-2, cbs=[Callback(), Killed(99)])
+        models.append(learn.model.state_dict())
+        learn.validate()
+        assert learn.checkpoint.finished==[2]
+    assert_alike(*models)
+
+def test_without_the_command_ctrl_c_is_a_keyboard_interrupt(tmp_path):
+    ckpt,learn = Checkpoint(tmp_path, every=100),lm()[1]
+    interrupt = Callback(after_batch=lambda cb: signal.raise_signal(signal.SIGINT) if cb.train_iter==3 else None)
+    with signal_handlers(signal.default_int_handler), pytest.raises(KeyboardInterrupt), ckpt.signals(): # jobs in the
+        learn.fit(2, cbs=[ckpt, interrupt])                                              # background are born deaf to Ctrl-C
+    assert last_checkpoint(tmp_path)['train_iter']==3
+
+# What is kept
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
+arrays = st.sampled_from([np.arange(6.).reshape(2,3), np.array([1,2], '>i4'), np.array([], np.float16), np.array(True)])
+tensors = st.sampled_from([torch.arange(3), torch.tensor(.5), torch.zeros(0,2)])
+several = lambda o: st.lists(o, max_size=3)
+values = st.recursive(scalars | arrays | tensors, lambda o: several(o) | several(o).map(tuple) | several(o).map(L)
+                      | several(o).map(lambda x: deque(x, 2)) | st.dictionaries(st.text(max_size=3), o, max_size=3)
+                      | st.dictionaries(st.integers(), o, max_size=3).map(OrderedDict), max_leaves=8)
+
+@given(values)
+def test_values_come_back_as_they_were(tmp_path_factory, o):
+    path = tmp_path_factory.getbasetemp()/'values.pth'
+    torch.save(dict(version=2, o=to_plain(o)), path)
+    assert_alike(from_plain(read_checkpoint(path)['o']), o)
+
+@pytest.mark.parametrize('o', [{1,2}, {}, [torch.tensor(1.), torch.tensor(2.)], [torch.tensor(1.), torch.tensor(2)]])
+def test_these_too(o): assert_alike(from_plain(to_plain(o)), o)
+
+def test_numpys_numbers_come_back_as_pythons():
+    assert_alike(from_plain(to_plain([np.float64(.1), np.int8(3), np.bool_(True)])), [.1, 3, True])
+
+unreadable = [np.array([None,'a'], dtype=object), np.array([Path('a')], dtype=object), np.datetime64('2024-01-01'),
+              np.complex64(1j), np.array([1+2j]), 1j, date(2024,1,1), b'a', defaultdict(list), Counter('a'), np.longdouble(1),
+              {'__type__':'L', 'data':[]}, nn.Parameter(torch.zeros(1)), [print], np.array(['a'])]
+
+@pytest.mark.parametrize('o', unreadable, ids=lambda o: type(o).__name__)
+def test_what_could_not_be_read_is_not_written(o, tmp_path):
+    with pytest.raises(TypeError): to_plain(o)
+    class Holds(Callback):
+        def __init__(self): self.held = o
+    learn = awd_lstm_learner(small_dls(200), SMALL)
+    learn.fit(1, cbs=[Holds(), Checkpoint(tmp_path)])
+    parts = last_checkpoint(tmp_path)['ranks'][0]['parts']
+    assert [list(v) for k,v in parts.items() if k.endswith('holds')]==[[]]
+
+# What is named because it is not kept
+
+def not_kept(tmp_path, *cbs, n_epoch=2):
+    "The warnings of a fit with these callbacks"
+    learn = awd_lstm_learner(small_dls(200), SMALL, path=tmp_path)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        learn.fit(n_epoch, cbs=[*cbs, Checkpoint(tmp_path, 1)])
+    return [str(o.message).removeprefix('not in the checkpoint, so a resumed fit begins without it: ') for o in told]
+
+def changing(make, change):
+    "A callback with an attribute made by `make`, which `change` changes at each batch"
+    class Changing(Callback):
+        def before_fit(self): self.held = make()
+        def before_batch(self): change(self.held)
+    return Changing()
+
+def total(counts): counts['a'] = counts.get('a', 0)+1
+def grow(model):
+    with torch.no_grad(): next(model.parameters()).add_(1)
+
+@pytest.mark.parametrize('make,change,name', [
+    (lambda: random.Random(1), random.Random.random, 'Random'), (lambda: np.random.default_rng(1), lambda o: o.random(), 'Generator'),
+    (torch.Generator, lambda o: torch.rand(1, generator=o), 'Generator'), (Counter, total, 'Counter'),
+    (lambda: defaultdict(int), total, 'defaultdict'), (lambda: {'f':print}, total, 'dict'), (lambda: nn.Linear(1,1), grow, 'Linear'),
+    (lambda: [random.Random(1)], lambda o: o[0].random(), 'list'), (BytesIO, lambda o: o.write(b'a'), 'BytesIO')])
+def test_state_that_is_left_out_is_named_once(tmp_path, make, change, name):
+    assert not_kept(tmp_path, changing(make, change))==[f'Changing.held ({name})']
+    assert not_kept(tmp_path, changing(make, lambda o: None))==[]
+
+def test_a_log_that_a_resumed_fit_would_write_anew_is_named(tmp_path):
+    assert not_kept(tmp_path, CSVLogger())==['CSVLogger.file (TextIOWrapper)']
+    assert not_kept(tmp_path, CSVLogger(append=True))==[]
+
+def test_what_is_kept_is_not_named(tmp_path): assert not_kept(tmp_path, Various())==[]
+
+def test_an_ordinary_fit_hears_nothing(tmp_path):
+    "Callbacks of fastai's and ours, with schedules, files, functions, hooks and references to the model"
+    class Holds(Callback):
+        def before_fit(self): self.params,self.rest,self.file = list(self.model.parameters()),[self.model[0], print],Path('a')
+    cbs = [AnnealEmbedP(.5, .05), CSVHistory(), SaveModelCallback(fname='best'), EarlyStoppingCallback(), Holds(),
+           ReduceLROnPlateau(), TerminateOnNaNCallback(), GradientAccumulation(8), GradientClip(), Callback(after_fit=print)]
+    assert not_kept(tmp_path, *cbs)==[]
+    ds = [(torch.full((3,), float(i)), i%2) for i in range(20)]
+    learn = Learner(DataLoaders(DataLoader(ds, bs=4), DataLoader(ds, bs=4), device='cpu'), nn.Linear(3,2), CrossEntropyLossFlat(),
+                    metrics=accuracy)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learn.fit_one_cycle(2, cbs=[MixUp(), Scaled(), Checkpoint(tmp_path, 1)])
+
+# Devices
+
+def test_generators_of_cards_that_are_gone(tmp_path, monkeypatch):
+    "A checkpoint of a job that saw three cards, resumed where one is visible"
+    states = [torch.full((16,), i, dtype=torch.uint8) for i in range(3)]
+    with monkeypatch.context() as m:
+        m.setattr(torch.cuda, 'get_rng_state_all', lambda: states)
+        state = killed(tmp_path, 5)
+    for n in 0,1,3,4:
+        restored = []
+        monkeypatch.setattr(torch.cuda, 'device_count', lambda: n)
+        monkeypatch.setattr(torch.cuda.random, 'set_rng_state', lambda s, device: restored.append((device, s)))
+        learn = awd_lstm_learner(small_dls(200), SMALL)
+        learn.fit(2, cbs=[Checkpoint(tmp_path/'rest', 0, state), Callback(), Killed(99)])
+        cards = min(n, 3)
+        assert [i for i,_ in restored]==2*list(range(cards)), 'before the batches that are skipped, and after them'
+        assert all(torch.equal(s, states[i]) for i,s in restored)
+
+@pytest.mark.skipif(bool(simgpu.missing), reason=str(simgpu.missing))
+def test_what_the_ranks_exchange_is_on_the_cpu(tmp_path, monkeypatch):
+    "Pickled, a card's tensor would come back on that same card in every process"
+    sent = []
+    def gather(res, o):
+        sent.append(o)
+        res[:] = [o]*len(res)
+    class Sums(Callback):
+        def before_fit(self): self.total = torch.zeros(2, device=simgpu.device)
+        def after_batch(self): self.total += self.learn.loss_grad.detach()
+    def fit(state=None):
+        learn = awd_lstm_learner(small_dls(200, device=simgpu.device), SMALL)
+        learn.fit(1, cbs=[Sums(), GradientAccumulation(12), Checkpoint(tmp_path, 2, state)])
+        return learn
+    with simgpu.simulated():
+        with monkeypatch.context() as m:
+            m.setattr('fastai_embdrop.run.checkpoint.num_distrib', lambda: 2)
+            m.setattr(torch.distributed, 'all_gather_object', gather)
+            fit()
+        leaves = [t for o in sent for t in tree_leaves(o) if isinstance(t, torch.Tensor)]
+        assert len(leaves) > 20 and {t.device.type for t in leaves}=={'cpu'}
+        fit() # of one process
+        state = last_checkpoint(tmp_path)
+        learn = fit(state)
+        assert learn.model[0].hidden[0][0].device.type==simgpu.device.type
+
+# Files
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    "The bytes of a checkpoint"
+    folder = tmp_path_factory.mktemp('checkpoint')
+    awd_lstm_learner(small_dls(200), SMALL).fit(1, cbs=Checkpoint(folder))
+    return (folder/new).read_bytes()
+
+def test_cut_anywhere(checkpoint, tmp_path):
+    small = as_bytes(dict(version=2, a=torch.arange(5)))
+    ends = [*random.Random(0).sample(range(len(checkpoint)), 50), *range(len(checkpoint)-100, len(checkpoint))]
+    for data in [small[:n] for n in range(len(small))] + [checkpoint[:n] for n in ends]:
+        (tmp_path/'cut').write_bytes(data)
+        with pytest.raises(ValueError, match='not a whole checkpoint'): read_checkpoint(tmp_path/'cut')
+
+def test_a_flipped_bit_is_recognized_or_harmless(tmp_path):
+    good = as_bytes(dict(version=2, a=torch.arange(5)))
+    data,ok,path = bytearray(good),0,tmp_path/'flip'
+    for n in range(len(data)):
+        data[n] ^= 1
+        path.write_bytes(data)
+        data[n] ^= 1
+        try: ok += as_bytes(read_checkpoint(path))==good or pytest.fail(f'byte {n}')
+        except ValueError as e: assert str(e).startswith(f'{path}: ') and '\n' not in str(e)
+    assert ok < len(data)
+
+def test_another_version_is_refused(tmp_path):
+    torch.save(dict(version=1), tmp_path/new)
+    with pytest.raises(ValueError, match='version 1 of a checkpoint, where 2 is read'): last_checkpoint(tmp_path)
