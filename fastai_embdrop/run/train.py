@@ -20,7 +20,7 @@ from fastcore.imports import IN_NOTEBOOK
 from fastprogress.fastprogress import format_time
 from .. import __version__
 from ..anneal import AnnealEmbedP
-from .checkpoint import CSVHistory,Checkpoint,checkpoint_files,handling,last_checkpoint
+from .checkpoint import CSVHistory,Checkpoint,checkpoint_files,last_checkpoint,signal_handlers
 from .corpus import fingerprint,lm_dataloaders,read_corpus,tokenize
 from .files import read_json,run_lock
 from .folder import check_out_dir,load_run,run_files,run_learner,save_run
@@ -156,7 +156,7 @@ def main(
     argv:list|None=None # Arguments (None: those of the command)
 )->int|None: # Exit status
     "`embdrop-train`: status 2, and one line on stderr, for bad input; 130 after SIGINT, 143 after SIGTERM"
-    with handling(_end), warnings.catch_warnings():
+    with signal_handlers(_end), warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
             args = parse_args(argv)

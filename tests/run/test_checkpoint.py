@@ -1,6 +1,6 @@
-"""Pins `Checkpoint` in a fit of any kind: resumed at every batch, it ends as the fit that was not broken off, to the bit.
+"""Pins `Checkpoint` in a fit of any kind: resumed at every batch, it ends as a fit that was not broken off, to the bit.
 
-Also: what of a callback's state is kept, as which type, and what is named because it is not; damaged and foreign files."""
+Also: what of a callback's state is kept, and as which type; what is named because it is not; damaged files."""
 import pickle, random, signal, warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from datetime import date
@@ -10,8 +10,8 @@ import numpy as np, pytest, simgpu, torch
 from hypothesis import given, strategies as st
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from fastai.basics import (Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, L, Learner, OptimWrapper, accuracy, mse,
-                           set_seed)
+from fastai.basics import (Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, L, Learner, OptimWrapper, accuracy,
+                           mse, set_seed)
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
 from fastai.callback.progress import CSVLogger
@@ -208,7 +208,8 @@ def test_another_fit_is_refused(tmp_path):
     fit,learn = lm()
     fit([Checkpoint(tmp_path)])
     state = last_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match='callback .* csv_history'): lm()[0]([Checkpoint(tmp_path, state=state), CSVHistory()])
+    with pytest.raises(ValueError, match='callback .* csv_history'):
+        lm()[0]([Checkpoint(tmp_path, state=state), CSVHistory()])
     with pytest.raises(ValueError, match='of 2 epochs of .* batches, the fit of 3'):
         lm()[1].fit(3, cbs=Checkpoint(tmp_path, state=state))
 
@@ -243,8 +244,8 @@ def test_between_the_fits_of_a_learner(tmp_path):
 def test_without_the_command_ctrl_c_is_a_keyboard_interrupt(tmp_path):
     ckpt,learn = Checkpoint(tmp_path, every=100),lm()[1]
     interrupt = Callback(after_batch=lambda cb: signal.raise_signal(signal.SIGINT) if cb.train_iter==3 else None)
-    with signal_handlers(signal.default_int_handler), pytest.raises(KeyboardInterrupt), ckpt.signals(): # jobs in the
-        learn.fit(2, cbs=[ckpt, interrupt])                                              # background are born deaf to Ctrl-C
+    deaf = signal_handlers(signal.default_int_handler) # as jobs in the background are, from their start
+    with deaf, pytest.raises(KeyboardInterrupt), ckpt.signals(): learn.fit(2, cbs=[ckpt, interrupt])
     assert last_checkpoint(tmp_path)['train_iter']==3
 
 # What is kept
@@ -270,8 +271,8 @@ def test_numpys_numbers_come_back_as_pythons():
     assert_alike(from_plain(to_plain([np.float64(.1), np.int8(3), np.bool_(True)])), [.1, 3, True])
 
 unreadable = [np.array([None,'a'], dtype=object), np.array([Path('a')], dtype=object), np.datetime64('2024-01-01'),
-              np.complex64(1j), np.array([1+2j]), 1j, date(2024,1,1), b'a', defaultdict(list), Counter('a'), np.longdouble(1),
-              {'__type__':'L', 'data':[]}, nn.Parameter(torch.zeros(1)), [print], np.array(['a'])]
+              np.complex64(1j), np.array([1+2j]), 1j, date(2024,1,1), b'a', defaultdict(list), Counter('a'), [print],
+              np.longdouble(1), {'__type__':'L', 'data':[]}, nn.Parameter(torch.zeros(1)), np.array(['a'])]
 
 @pytest.mark.parametrize('o', unreadable, ids=lambda o: type(o).__name__)
 def test_what_could_not_be_read_is_not_written(o, tmp_path):
@@ -304,14 +305,25 @@ def total(counts): counts['a'] = counts.get('a', 0)+1
 def grow(model):
     with torch.no_grad(): next(model.parameters()).add_(1)
 
-@pytest.mark.parametrize('make,change,name', [
-    (lambda: random.Random(1), random.Random.random, 'Random'), (lambda: np.random.default_rng(1), lambda o: o.random(), 'Generator'),
-    (torch.Generator, lambda o: torch.rand(1, generator=o), 'Generator'), (Counter, total, 'Counter'),
-    (lambda: defaultdict(int), total, 'defaultdict'), (lambda: {'f':print}, total, 'dict'), (lambda: nn.Linear(1,1), grow, 'Linear'),
-    (lambda: [random.Random(1)], lambda o: o[0].random(), 'list'), (BytesIO, lambda o: o.write(b'a'), 'BytesIO')])
-def test_state_that_is_left_out_is_named_once(tmp_path, make, change, name):
+state = {
+    'Random':      (lambda: random.Random(1),          random.Random.random),
+    'Generator':   (lambda: np.random.default_rng(1),  lambda o: o.random()),
+    'RandomState': (lambda: np.random.RandomState(1),  lambda o: o.rand()),
+    'Counter':     (Counter,                           total),
+    'defaultdict': (lambda: defaultdict(int),          total),
+    'dict':        (lambda: {'f':print},               total),
+    'list':        (lambda: [random.Random(1)],        lambda o: o[0].random()),
+    'Linear':      (lambda: nn.Linear(1,1),            grow),
+    'BytesIO':     (BytesIO,                           lambda o: o.write(b'a'))}
+
+@pytest.mark.parametrize('name,make,change', [(k,*v) for k,v in state.items()], ids=state)
+def test_state_that_is_left_out_is_named_once(tmp_path, name, make, change):
     assert not_kept(tmp_path, changing(make, change))==[f'Changing.held ({name})']
     assert not_kept(tmp_path, changing(make, lambda o: None))==[]
+
+def test_a_generator_of_torchs_is_named(tmp_path):
+    draws = changing(torch.Generator, lambda o: torch.rand(1, generator=o))
+    assert not_kept(tmp_path, draws)==['Changing.held (Generator)']
 
 def test_a_log_that_a_resumed_fit_would_write_anew_is_named(tmp_path):
     assert not_kept(tmp_path, CSVLogger())==['CSVLogger.file (TextIOWrapper)']
@@ -322,13 +334,15 @@ def test_what_is_kept_is_not_named(tmp_path): assert not_kept(tmp_path, Various(
 def test_an_ordinary_fit_hears_nothing(tmp_path):
     "Callbacks of fastai's and ours, with schedules, files, functions, hooks and references to the model"
     class Holds(Callback):
-        def before_fit(self): self.params,self.rest,self.file = list(self.model.parameters()),[self.model[0], print],Path('a')
+        def before_fit(self):
+            self.params,self.rest,self.path_of = list(self.model.parameters()),[self.model[0], print],Path('a')
     cbs = [AnnealEmbedP(.5, .05), CSVHistory(), SaveModelCallback(fname='best'), EarlyStoppingCallback(), Holds(),
-           ReduceLROnPlateau(), TerminateOnNaNCallback(), GradientAccumulation(8), GradientClip(), Callback(after_fit=print)]
+           ReduceLROnPlateau(), TerminateOnNaNCallback(), GradientAccumulation(8), GradientClip(),
+           Callback(after_fit=print)]
     assert not_kept(tmp_path, *cbs)==[]
     ds = [(torch.full((3,), float(i)), i%2) for i in range(20)]
-    learn = Learner(DataLoaders(DataLoader(ds, bs=4), DataLoader(ds, bs=4), device='cpu'), nn.Linear(3,2), CrossEntropyLossFlat(),
-                    metrics=accuracy)
+    dls = DataLoaders(DataLoader(ds, bs=4), DataLoader(ds, bs=4), device='cpu')
+    learn = Learner(dls, nn.Linear(3,2), CrossEntropyLossFlat(), metrics=accuracy)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         learn.fit_one_cycle(2, cbs=[MixUp(), Scaled(), Checkpoint(tmp_path, 1)])
