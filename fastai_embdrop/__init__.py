@@ -12,7 +12,7 @@ Modules:
 - `fastai_embdrop.run.files`: What the training command reads and writes with care: weights, words, text, and a lock
 - `fastai_embdrop.run.corpus`: Text to train on, read and tokenized in memory
 - `fastai_embdrop.run.settings`: The settings of a training run: a dataclass, a file and flags that agree
-- `fastai_embdrop.run.checkpoint`: A fit that is killed at any point goes on where it was, to the same bits
+- `fastai_embdrop.run.checkpoint`: A fit that is killed at any point resumes where it was, to the same bits
 - `fastai_embdrop.run.distrib`: A language model on several GPUs or CPU processes: rows of its own and masks of its own for each rank, one `embed_p` for all
 - `fastai_embdrop.run.folder`: The folder of a run: what is in it, and how it is checked, written and loaded
 - `fastai_embdrop.run.train`: `embdrop-train`: a language model on real text, with embedding dropout that may move during the training"""
