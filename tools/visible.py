@@ -9,6 +9,8 @@ from pathlib import Path
 import fastai.text.all
 from forks import forks
 
+sys.modules.setdefault('torchvision', None) # it does not import beside torch's CPU build, and transformers does without it
+
 unseen = re.compile(r'^#\|\s*(echo|eval|include):\s*false', re.M)
 
 def visible(page):
