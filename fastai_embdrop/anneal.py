@@ -24,11 +24,11 @@ from .schedules import check_sched, check_shape, eval_sched
 
 # %% ../nbs/03_anneal.ipynb #5a505fe7
 class DropoutScheduler(Callback):
-    "Anneal dropout probabilities: before each training batch assign the value of each of `scheds` to what its key names"
+    "Anneal dropout probabilities: before each training batch assign the value of each schedule to what its key names"
     order,run_valid = Recorder.order+1,False # after the recorder, before those that print or write what it holds
     def __init__(self,
         scheds:dict, # From a key as in `find_dropouts` to a schedule, a function of the fraction of the training done
-        epochs:float|None=None, # Spread the schedules over so many epochs, in any number of fits (None: each fit runs them whole)
+        epochs:float|None=None, # Epochs that the schedules last, over all fits; None: each fit runs them whole
     ):
         if epochs is not None and not epochs>0: raise ValueError(f'epochs={epochs}: a positive number')
         for key,sched in scheds.items(): check_sched(sched, key)
@@ -84,14 +84,13 @@ def targets(self:DropoutScheduler,
 @patch
 def _check_overlap(self:DropoutScheduler):
     "A `ValueError` that names both if two keys of the schedulers in this fit move the same attribute"
-    taken = {}
-    for cb in self.learn.cbs:
-        keys = cb.scheds if isinstance(cb, DropoutScheduler) and cb.run else ()
-        for key in keys:
-            for module,attr,_ in cb.targets(key):
-                this,other = f'{cb} ({key!r})',taken.get((module, attr))
-                if other: raise ValueError(f'{other} and {this} both move {attr} of {type(module).__name__}: use one of them in a fit')
-                taken[module, attr] = this
+    cbs,taken = [cb for cb in self.learn.cbs if isinstance(cb, DropoutScheduler) and cb.run],{}
+    for cb,key in [(cb,key) for cb in cbs for key in cb.scheds]:
+        name = f'{cb} ({key!r})'
+        for module,attr,_ in cb.targets(key):
+            other = taken.get((module,attr))
+            if other: raise ValueError(f'{other} and {name} both move {attr} of {type(module).__name__}: use one of them')
+            taken[module,attr] = name
 
 # %% ../nbs/03_anneal.ipynb #8c30bb85
 @patch
@@ -137,7 +136,8 @@ def _add_columns(self:DropoutScheduler):
 @patch
 def after_validate(self:DropoutScheduler):
     "Fill the columns: the values at the last batch of the epoch"
-    if self._in_fit() and hasattr(self.learn, 'recorder'): self.recorder.log += [v[-1] for v in self.applied.values() if v]
+    if not self._in_fit() or not hasattr(self.learn, 'recorder'): return
+    self.recorder.log += [values[-1] for values in self.applied.values() if values]
 
 @patch
 def _in_fit(self:DropoutScheduler):
@@ -176,10 +176,10 @@ def after_fit(self:DropoutScheduler):
 class AnnealEmbedP(DropoutScheduler):
     "Anneal `embed_p` from `start` to `end`: falling as in Rennie et al. 2014, rising as in Morerio et al. 2017"
     def __init__(self,
-        start:float|None=None, # Probability at the first batch, in [0, 1] (None: what is configured); `drop_mult` does not scale it
+        start:float|None=None, # Probability at the first batch, in [0, 1], not scaled by `drop_mult`; None: the configured one
         end:float=0., # Probability at the end, in [0, 1]
         sched:Callable=SchedCos, # Shape: a function of (start, end) that returns a schedule
-        epochs:float|None=None, # Spread it over so many epochs, in any number of fits (None: each fit runs it whole)
+        epochs:float|None=None, # Epochs that the schedule lasts, over all fits; None: each fit runs it whole
     ):
         self.end,self.shape = check_p(end, 'end'),check_shape(sched)
         self.from_config = start is None
@@ -212,7 +212,7 @@ class AnnealDropMult(DropoutScheduler):
         start:float, # Factor at the first batch, 0 or more
         end:float, # Factor at the end
         sched:Callable=SchedCos, # Shape: a function of (start, end) that returns a schedule
-        epochs:float|None=None, # Spread it over so many epochs, in any number of fits (None: each fit runs it whole)
+        epochs:float|None=None, # Epochs that the schedule lasts, over all fits; None: each fit runs it whole
     ): super().__init__({'drop_mult': check_shape(sched)(start, end)}, epochs)
 
     def targets(self,

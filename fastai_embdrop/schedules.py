@@ -88,12 +88,13 @@ _no_shapes = SchedEarly,SchedLate,SchedCurriculum,SchedPiecewise
 def check_shape(
     shape:Callable, # A function of (start, end) that returns a schedule
 )->Callable: # The same
-    "`shape`; a `ValueError` for one of this page's schedules, which take other arguments, with the right way to write it"
+    "`shape`; a `ValueError` that shows the right way for `SchedEarly` and its kin, which take other arguments"
     if shape not in _no_shapes: return shape
     name  = shape.__name__
     short = name.removeprefix('Sched').lower()
-    named = f" or sched=shapes['{short}']" if short in shapes else ''
-    raise ValueError(f"sched={name}: its arguments are no start and end; use DropoutScheduler({{'embed_p': {name}(...)}}){named}")
+    right = f"DropoutScheduler({{'embed_p': {name}(...)}})"
+    if short in shapes: right += f" or sched=shapes['{short}']"
+    raise ValueError(f"sched={name}: it does not take a start and an end; use {right}")
 
 # %% ../nbs/02_schedules.ipynb #08543360
 def check_sched(
@@ -103,6 +104,6 @@ def check_sched(
     "`sched`; a `ValueError` for fastai's `SchedExp` from or to 0"
     is_exp = getattr(sched, 'f', None) is sched_exp
     if is_exp and not (sched.start and sched.end):
-        raise ValueError(f'schedule of {key!r}: SchedExp({sched.start}, {sched.end}) is start*(end/start)**pct, which needs '
-                         'a start and an end above 0; use SchedCos or SchedLin, or 0.001 in place of 0')
+        raise ValueError(f'schedule of {key!r}: SchedExp({sched.start}, {sched.end}) is start*(end/start)**pct, so it needs '
+                         'a start and an end above 0; use SchedCos or SchedLin, or 0.001 instead of 0')
     return sched

@@ -1,5 +1,6 @@
-"""Pins where a schedule runs and where it does not: every kind of fit, resumed and cancelled fits, crashes, wrappers, the record;
-what is refused, by whom and with which words; that configured values go wherever a module goes.
+"""Pins where a schedule runs and where it does not: every kind of fit, interrupted and cancelled fits, wrappers, the record.
+
+Also what is refused, and in which words; that configured values go wherever a module goes; that no value is read from a device.
 
 The plan is recomputed here from `pct_train`'s definition, (epoch + batch/n)/epochs, not read from the callback.
 """
@@ -11,13 +12,14 @@ from torch import nn
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.progress import CSVLogger
-from fastai.callback.schedule import ParamScheduler, SchedCos, SchedExp, SchedLin, SchedNo
+from fastai.callback.schedule import ParamScheduler, SchedCos, SchedExp, SchedNo
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.learner import Recorder
 from fastai.text.all import language_model_learner
 from fastai.text.models import awdlstm as fastai_awdlstm
-from fastai_embdrop.anneal import AnnealDropMult, AnnealEmbedP, DropoutScheduler, base_p, drop_attrs, find_dropouts, set_p
+from fastai_embdrop.anneal import AnnealDropMult, AnnealEmbedP, DropoutScheduler, base_p, drop_attrs, find_dropouts
 from fastai_embdrop.awdlstm import awd_lstm_learner, awd_lstm_lm, awd_lstm_lm_config
+from fastai_embdrop.run.checkpoint import Checkpoint, last_checkpoint
 from fastai_embdrop.schedules import SchedCurriculum, SchedEarly, SchedLate, SchedPiecewise, shapes
 from conftest import SMALL, small_dls
 
@@ -29,7 +31,9 @@ def dls(): return small_dls(300)
 @pytest.fixture
 def learn(dls, tmp_path): return awd_lstm_learner(dls, SMALL, path=tmp_path)
 
-def plan(n_batches, epochs=1, start=0): return [f((e+i/n_batches)/epochs) for e in range(start, epochs) for i in range(n_batches)]
+def plan(n_batches, epochs=1, start=0):
+    return [f((e+i/n_batches)/epochs) for e in range(start, epochs) for i in range(n_batches)]
+
 def applied(learn, key='embed_p'): return learn.recorder.hps[key]
 
 FITS = dict(fit=lambda l,cb: l.fit(2, cbs=cb), fit_one_cycle=lambda l,cb: l.fit_one_cycle(2, cbs=cb),
@@ -75,9 +79,10 @@ def test_model_sees_what_is_recorded(learn):
     assert seen==applied(learn)
 
 @pytest.mark.parametrize('first', [True, False])
-def test_record_stands_beside_lr_and_mom(learn, first):
-    if first: learn.add_cb(AnnealEmbedP(.5, .05)); learn.fit_one_cycle(1)
-    else: learn.fit_one_cycle(1, cbs=AnnealEmbedP(.5, .05))
+def test_the_record_is_beside_lr_and_mom(learn, first):
+    cb = AnnealEmbedP(.5, .05)
+    if first: learn.add_cb(cb)
+    learn.fit_one_cycle(1, cbs=None if first else cb)
     assert {k:len(v) for k,v in learn.recorder.hps.items()}==dict.fromkeys(['lr','mom','embed_p'], len(learn.dls.train))
     learn.recorder.plot_sched()
 
@@ -87,23 +92,29 @@ def test_two_schedulers_one_record(learn):
 
 def test_plain_fit_shows_no_old_lr(learn):
     learn.add_cb(AnnealEmbedP(.5, .05))
-    learn.fit_one_cycle(1); learn.fit(2)
+    learn.fit_one_cycle(1)
+    learn.fit(2)
     assert {k:len(v) for k,v in learn.recorder.hps.items()}=={'embed_p':2*len(learn.dls.train)}
 
 def test_validation_and_prediction_leave_record_and_model(learn):
-    learn.add_cb(AnnealEmbedP(.5, .05)); learn.fit_one_cycle(1)
+    learn.add_cb(AnnealEmbedP(.5, .05))
+    learn.fit_one_cycle(1)
     hps,p = {k:list(v) for k,v in learn.recorder.hps.items()},learn.model[0].encoder_dp.embed_p
-    learn.validate(); learn.get_preds(reorder=False); learn.predict('w1 w2', no_bar=True)
+    learn.validate()
+    learn.get_preds(reorder=False)
+    learn.predict('w1 w2', no_bar=True)
     assert learn.recorder.hps==hps and learn.model[0].encoder_dp.embed_p==p
 
 def test_lr_find_does_not_anneal(learn):
-    learn.add_cb(AnnealEmbedP(.5, .05)); learn.add_cb(Watch(seen := []))
+    seen = []
+    learn.add_cbs([AnnealEmbedP(.5, .05), Watch(seen)])
     learn.lr_find(num_it=10, show_plot=False)
     assert set(seen)=={awd_lstm_lm_config['embed_p']} and 'embed_p' not in getattr(learn.recorder, 'hps', {})
 
 def test_two_fits_are_two_equal_plans(learn):
     cb = AnnealEmbedP(.5, .05)
-    learn.fit_one_cycle(1, cbs=cb); one = learn.recorder.hps
+    learn.fit_one_cycle(1, cbs=cb)
+    one = learn.recorder.hps
     learn.fit_one_cycle(1, cbs=cb)
     assert learn.recorder.hps==one and learn.recorder.hps is not one and list(one)==['lr','mom','embed_p']
 
@@ -126,14 +137,16 @@ def test_crash_leaves_nothing_behind(learn, ex, during):
     if during=='fit':
         with pytest.raises(ex): learn.fit(1, cbs=Stop(5, ex))
     else:
-        learn.add_cb(stop := Stop(5, ex))
+        stop = Stop(5, ex)
+        learn.add_cb(stop)
         with pytest.raises(ex): learn.lr_find(num_it=10, show_plot=False)
         learn.remove_cb(stop)
     learn.fit(1)
     np.testing.assert_allclose(applied(learn), plan(len(learn.dls.train)), atol=1e-9)
 
 def test_fastais_own_modules(dls):
-    learn = language_model_learner(dls, fastai_awdlstm.AWD_LSTM, config={**fastai_awdlstm.awd_lstm_lm_config, **SMALL}, pretrained=False)
+    config = {**fastai_awdlstm.awd_lstm_lm_config, **SMALL}
+    learn = language_model_learner(dls, fastai_awdlstm.AWD_LSTM, config=config, pretrained=False)
     learn.fit(1, cbs=DropoutScheduler({'embed_p':f, 'weight_p':f, '*hidden_dps.*.p':f}))
     assert list(learn.recorder.hps)==['embed_p','weight_p','*hidden_dps.*.p']
     assert {m.p for m in learn.model[0].hidden_dps}=={m.weight_p for m in learn.model[0].rnns}=={applied(learn)[-1]}
@@ -164,7 +177,8 @@ def test_no_match_names_attribute_and_model(learn):
                                        (lambda pct: float('nan'), 'embed_p=nan'), (lambda pct: None, 'NoneType')])
 def test_bad_schedule_stops_before_the_batch(learn, sched, msg):
     w = [p.clone() for p in learn.model.parameters()]
-    with pytest.raises(ValueError, match=f"schedule of 'embed_p' at pct=0: .*{msg}"): learn.fit(1, cbs=DropoutScheduler({'embed_p':sched}))
+    with pytest.raises(ValueError, match=f"schedule of 'embed_p' at pct=0: .*{msg}"):
+        learn.fit(1, cbs=DropoutScheduler({'embed_p':sched}))
     assert all(torch.equal(a,b) for a,b in zip(w, learn.model.parameters()))
     assert learn.model[0].encoder_dp.embed_p==awd_lstm_lm_config['embed_p']
 
@@ -189,7 +203,8 @@ def test_epochs_survive_an_interruption(learn, ex):
     if ex is CancelFitException: learn.fit(2, cbs=[cb, Stop(5, ex)])
     else:
         with pytest.raises(ex): learn.fit(2, cbs=[cb, Stop(5, ex)])
-    learn.validate(); learn.fit(1, cbs=cb)
+    learn.validate()
+    learn.fit(1, cbs=cb)
     np.testing.assert_allclose(applied(learn), [f((5+i)/n/2) for i in range(n)], atol=1e-9)
 
 def test_epochs_continue_with_start_epoch(learn):
@@ -213,22 +228,28 @@ def test_starts_from_the_configured_value(dls):
     assert applied(learn)[0]==.6
 
 def test_drop_mult_scales_all_and_does_not_compound(learn):
-    base = {(n,a):getattr(m,a) for n,m in learn.model.named_modules() for a in ('embed_p','weight_p','p') if a in vars(m) or a=='embed_p' and hasattr(m,a)}
+    enc,n = learn.model[0],len(learn.dls.train)
+    weights,hiddens = enc.rnns,enc.hidden_dps
+    now = lambda: [enc.encoder_dp.embed_p, enc.input_dp.p, *(m.weight_p for m in weights), *(m.p for m in hiddens)]
+    base = now()
     for _ in range(2): learn.fit(1, cbs=AnnealDropMult(1, .5))
-    last = applied(learn, 'drop_mult')[-1]
-    for (n,a),p in base.items(): assert getattr(learn.model.get_submodule(n), a)==pytest.approx(p*last)
-    assert {a for _,a in base}=={'embed_p','weight_p','p'} and applied(learn, 'drop_mult')[0]==1
+    factors = [SchedCos(1, .5)(i/n) for i in range(n)]
+    np.testing.assert_allclose(applied(learn, 'drop_mult'), factors)
+    np.testing.assert_allclose(now(), np.array(base)*factors[-1])
 
 def test_drop_mult_reaches_torchs_dropouts():
-    m = nn.Sequential(nn.Dropout(.1), nn.Dropout2d(.2), nn.LSTM(2, 2, 2, dropout=.3), nn.MultiheadAttention(2, 1, dropout=.4), nn.Dropout(0.), nn.PairwiseDistance(2.))
+    with_p = nn.Dropout(.1),nn.Dropout2d(.2),nn.LSTM(2, 2, 2, dropout=.3),nn.MultiheadAttention(2, 1, dropout=.4)
+    m = nn.Sequential(*with_p, nn.Dropout(0.), nn.PairwiseDistance(2.))
     assert [getattr(*o) for o in drop_attrs(m)]==[.1, .2, .3, .4]
 
 def test_drop_mult_above_one_is_named(learn):
-    with pytest.raises(ValueError, match="schedule of 'drop_mult' at pct=0: drop_mult=1.25"): learn.fit(1, cbs=AnnealDropMult(5, 1))
+    with pytest.raises(ValueError, match="schedule of 'drop_mult' at pct=0: drop_mult=1.25"):
+        learn.fit(1, cbs=AnnealDropMult(5, 1))
 
 def test_drop_mult_needs_a_dropout(learn):
     for m,a in drop_attrs(learn.model): setattr(m, a, 0.)
-    with pytest.raises(ValueError, match='no module of SequentialRNN has a dropout probability'): learn.fit(1, cbs=AnnealDropMult(1, .5))
+    with pytest.raises(ValueError, match='no module of SequentialRNN has a dropout probability'):
+        learn.fit(1, cbs=AnnealDropMult(1, .5))
 
 def test_history_file_has_a_column(learn, tmp_path):
     learn.fit_one_cycle(2, cbs=[CSVLogger(), AnnealEmbedP(.5, .05), DropoutScheduler({'*input_dp.p':f})])
@@ -244,25 +265,28 @@ def test_bad_epochs_refused(epochs):
 
 # What would be silent
 
-def fit_with(learn, cbs): learn.fit(1, cbs=[make() for make in cbs])
+def both(first, second, attr): return rf'{first[0]} \({first[1]}\) and {second[0]} \({second[1]}\) both move {attr}'
+
+EMBED_P,DROP_MULT = ('AnnealEmbedP',"'embed_p'"),('AnnealDropMult',"'drop_mult'")
+def glob(key): return 'DropoutScheduler',f"'{key}'"
 
 TWO = {
-    'AnnealEmbedP twice': ([lambda: AnnealEmbedP(.5, .4), lambda: AnnealEmbedP(.1, 0)],
-                           r"AnnealEmbedP \('embed_p'\) and AnnealEmbedP \('embed_p'\) both move embed_p of EmbeddingDropout"),
-    'AnnealDropMult second': ([lambda: AnnealEmbedP(.5, .4), lambda: AnnealDropMult(1, 0)],
-                              r"AnnealEmbedP \('embed_p'\) and AnnealDropMult \('drop_mult'\) both move embed_p"),
-    'AnnealDropMult first': ([lambda: AnnealDropMult(1, .5), lambda: AnnealEmbedP(.5, .4)],
-                             r"AnnealDropMult \('drop_mult'\) and AnnealEmbedP \('embed_p'\) both move embed_p"),
-    'a glob over a name': ([lambda: DropoutScheduler({'p':f}), lambda: DropoutScheduler({'*hidden_dps.0.p':f})],
-                           r"DropoutScheduler \('p'\) and DropoutScheduler \('\*hidden_dps.0.p'\) both move p of RNNDropout"),
-    'in one scheduler': ([lambda: DropoutScheduler({'*dp.p':f, '*input_dp.p':f})],
-                         r"DropoutScheduler \('\*dp.p'\) and DropoutScheduler \('\*input_dp.p'\) both move p of RNNDropout"),
+    'AnnealEmbedP twice': (lambda: [AnnealEmbedP(.5, .4), AnnealEmbedP(.1, 0)],
+                           both(EMBED_P, EMBED_P, 'embed_p of EmbeddingDropout')),
+    'AnnealDropMult second': (lambda: [AnnealEmbedP(.5, .4), AnnealDropMult(1, 0)],
+                              both(EMBED_P, DROP_MULT, 'embed_p')),
+    'AnnealDropMult first': (lambda: [AnnealDropMult(1, .5), AnnealEmbedP(.5, .4)],
+                             both(DROP_MULT, EMBED_P, 'embed_p')),
+    'a glob over a name': (lambda: [DropoutScheduler({'p':f}), DropoutScheduler({'*hidden_dps.0.p':f})],
+                           both(glob('p'), glob(r'\*hidden_dps.0.p'), 'p of RNNDropout')),
+    'in one scheduler': (lambda: DropoutScheduler({'*dp.p':f, '*input_dp.p':f}),
+                         both(glob(r'\*dp.p'), glob(r'\*input_dp.p'), 'p of RNNDropout')),
 }
 
 @pytest.mark.parametrize('cbs,msg', TWO.values(), ids=TWO)
 def test_two_schedulers_of_one_attribute_are_refused(learn, cbs, msg):
     w = [p.clone() for p in learn.model.parameters()]
-    with pytest.raises(ValueError, match=msg): fit_with(learn, cbs)
+    with pytest.raises(ValueError, match=msg): learn.fit(1, cbs=cbs())
     assert all(torch.equal(a,b) for a,b in zip(w, learn.model.parameters()))
     assert learn.model[0].encoder_dp.embed_p==awd_lstm_lm_config['embed_p']
 
@@ -295,7 +319,8 @@ def test_exp_to_or_from_0_is_refused(make):
 
 def test_exp_from_a_configured_0_is_refused(dls):
     learn = awd_lstm_learner(dls, {**SMALL, 'embed_p':0.})
-    with pytest.raises(ValueError, match=r"SchedExp\(0.0, 0.1\)"): learn.fit(1, cbs=AnnealEmbedP(end=.1, sched=SchedExp))
+    cb = AnnealEmbedP(end=.1, sched=SchedExp)
+    with pytest.raises(ValueError, match=r"SchedExp\(0.0, 0.1\)"): learn.fit(1, cbs=cb)
 
 def test_lr_find_spends_no_epochs(learn):
     cb,n = AnnealEmbedP(.5, .05, epochs=2),len(learn.dls.train)
@@ -341,7 +366,8 @@ def test_a_validation_inside_an_epoch_counts_nothing_twice(learn, epochs, how):
 
 @pytest.mark.parametrize('how', INNER.values(), ids=INNER)
 def test_no_refusal_in_validate(learn, how):
-    learn.add_cbs([AnnealEmbedP(.5, .4), AnnealEmbedP(.1, 0), DropoutScheduler({'drop_p':f}), AnnealEmbedP(sched=SchedExp)])
+    learn.add_cbs([AnnealEmbedP(.5, .4), AnnealEmbedP(.1, 0)])             # two of one attribute,
+    learn.add_cbs([DropoutScheduler({'drop_p':f}), AnnealEmbedP(sched=SchedExp)]) # none of an attribute, and to 0
     how(learn)
     assert learn.model[0].encoder_dp.embed_p==awd_lstm_lm_config['embed_p']
 
@@ -349,7 +375,8 @@ class SkipFit(Callback):
     def before_fit(self): raise CancelFitException
 
 @pytest.mark.parametrize('order', [-20, 51, 55, 70])
-@pytest.mark.parametrize('cb', [lambda: AnnealEmbedP(.5, .05), lambda: AnnealDropMult(1, 0, epochs=2), lambda: DropoutScheduler({'p':f})])
+@pytest.mark.parametrize('cb', [partial(AnnealEmbedP, .5, .05), partial(AnnealDropMult, 1, 0, epochs=2),
+                                partial(DropoutScheduler, {'p':f})])
 def test_a_fit_that_is_cancelled_before_it_begins(learn, cb, order):
     learn.fit_one_cycle(1, cbs=cb())
     old,skip = {k:list(v) for k,v in learn.recorder.hps.items()},SkipFit()
@@ -381,11 +408,21 @@ def test_a_loaded_learner_knows_what_was_configured(learn):
     learn.fit(1, cbs=AnnealEmbedP(end=0))
     assert applied(learn)[0]==.02
 
-def test_a_learner_without_schedulers_keeps_plain_modules(learn):
-    drop = learn.model[0].input_dp
-    before = dict(vars(drop))
-    learn.fit(1, cbs=AnnealEmbedP(.5, .05))
-    assert vars(drop).keys()==before.keys()
+class Break(Callback):
+    order,run_valid,at = 70,False,7 # `at` in the class: a checkpoint does not restore it
+    def before_batch(self):
+        if self.train_iter==self.at: raise RuntimeError('broken off')
+
+def test_a_resumed_fit_knows_what_was_configured(dls, tmp_path, monkeypatch):
+    def fit(state):
+        learn = awd_lstm_learner(dls, SMALL, path=tmp_path)
+        learn.fit(1, cbs=[AnnealDropMult(1, .5), Checkpoint(tmp_path, 3, state), Break()])
+        return learn
+    with pytest.raises(RuntimeError, match='broken off'): fit(None)
+    monkeypatch.setattr(Break, 'at', None)
+    learn,n = fit(last_checkpoint(tmp_path)),len(dls.train)
+    np.testing.assert_allclose(applied(learn, 'drop_mult'), [SchedCos(1, .5)(i/n) for i in range(n)])
+    assert base_p(learn.model[0].encoder_dp, 'embed_p')==.02
 
 # What a batch costs the device
 

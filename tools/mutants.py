@@ -1,4 +1,4 @@
-"""Changes `dropout` and `anneal` in one place at a time and runs their tests, which must fail: `python tools/mutants.py`
+"""Changes `dropout`, `schedules` and `anneal` in one place at a time and runs their tests, which must fail: `python tools/mutants.py`
 
 The changes are Cosmic Ray's: operators and numbers replaced, conditions negated, loops emptied, decorators removed. A mutant that no test kills
 must stand in `tools/mutants.md` with the reason why it does what the original does, and one that stands there must survive.
@@ -13,8 +13,9 @@ from cosmic_ray.plugins import get_operator, operator_names
 from forks import forks
 
 root = Path(__file__).parent.parent
-slow = 'lessons', 'torch_alone', 'graph', 'compiles', '100_microseconds', 'through_ddp', 'through_compile' # parts of names; also what measures time
-tests = dict(dropout=['test_dropout.py', 'test_draw.py', 'test_parity.py', 'test_defects.py'], anneal=['test_anneal.py'])
+slow = 'lessons', 'torch_alone', 'graph', 'compiles', 'through_ddp', 'through_compile' # parts of names
+tests = dict(dropout=['test_dropout.py', 'test_draw.py', 'test_parity.py', 'test_defects.py'],
+             schedules=['test_schedules.py'], anneal=['test_anneal.py'])
 least = 95
 
 def operators():
