@@ -14,6 +14,7 @@ from numbers import Real
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules import module as nn_module
 
 # %% ../nbs/00_dropout.ipynb #d25d63e7
 def check_p(
@@ -115,7 +116,7 @@ class _HeldSeed(_PlacedP):
 max_table_draw = 2**19 # above this vocabulary size, always use the hashed draw
 
 class RowDropout(_HeldSeed):
-    "What drops rows: `embed_p`, which positions share a mask (`per`), and for how long (`hold`)"
+    "Draws masks for rows, with probability `embed_p`; `per` says who shares one, `hold` whether it is kept"
     def __init__(self,
         embed_p:float, # Probability of dropping a row, in [0, 1]
         per:str, # Which positions share a mask: 'batch', 'sequence' or 'token'
@@ -157,7 +158,7 @@ class EmbeddingDropout(RowDropout):
     dropout_mask = staticmethod(dropout_mask)
 
     def forward(self,
-        words:torch.Tensor, # Word ids, int32 or int64, any shape; for `per='sequence'` the first dimension counts sequences
+        words:torch.Tensor, # Word ids, int32 or int64, shape (sequence, ...) or (position,)
         scale:float|torch.Tensor|None=None # Factor on the table: a number, or a tensor that broadcasts to (V, D)
     )->torch.Tensor: # Embeddings, shape `(*words.shape, D)`
         "The embeddings of `words`: in training with dropped words, in evaluation `emb(words)`"
@@ -165,7 +166,7 @@ class EmbeddingDropout(RowDropout):
         if getattr(emb, 'max_norm', None): _check_ids(words, emb.weight)
         res = emb(words)
         mask = self._row_mask(words, emb.weight)
-        if mask is not None: res = res*mask
+        if mask is not None: res = res.mul_(mask) if _is_fresh(emb) else res*mask
         return res if scale is None else res*_scale_of(scale, words)
 
 # %% ../nbs/00_dropout.ipynb #7bb8cb71
@@ -180,6 +181,15 @@ def _weight_of(emb):
 def _check_ids(words, w):
     "Torch's error for a bad id, before `max_norm` has changed any row"
     F.embedding(words, w.detach()[:,:1])
+
+_global_hooks = nn_module._global_forward_hooks, nn_module._global_backward_hooks, nn_module._global_backward_pre_hooks
+
+def _is_fresh(emb):
+    "Is what `emb` returns a new tensor that only we have, and may change in place?"
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active(): return False
+    is_lookup = type(emb).forward is nn.Embedding.forward and 'forward' not in vars(emb)
+    hooks = emb._forward_hooks, emb._backward_hooks, emb._backward_pre_hooks
+    return is_lookup and not any(hooks) and not any(_global_hooks)
 
 def _scale_of(t, words):
     "What `t`, which broadcasts to the (V, D) table, says of each of `words`"

@@ -21,9 +21,9 @@ def add_embedding_dropout(
     model:nn.Module, # Any model; it is changed in place
     embed_p:float, # Probability of dropping a row, in [0, 1]
     per:str='batch', # Which positions share a mask, see `EmbeddingDropout`
-    only:str|re.Pattern|Callable|None=None # Which embeddings: a qualified name or glob, a pattern to search for, or a predicate on the name; None: all with more than one column
+    only:str|re.Pattern|Callable|None=None # Names: a glob, a pattern, a predicate (None: all but single columns)
 )->dict: # From qualified name to the module that has `embed_p`
-    "Drop whole rows (Merity et al. 2017, section 4.3) of the `nn.Embedding`s of `model`; `ValueError` if there are none"
+    "Drop rows (Merity et al. 2017, section 4.3) of the `nn.Embedding`s of `model`; `ValueError` if there are none"
     check_p(embed_p)
     check_per(per)
     found = _candidates(model)
@@ -36,7 +36,7 @@ def add_embedding_dropout(
 def _is_fastais(m): return type(m).__name__=='EmbeddingDropout' and type(m).__module__.startswith('fastai.')
 
 def _candidates(model):
-    "What can get dropout, by qualified name: embeddings, and fastai's own `EmbeddingDropout` instead of the one it wraps"
+    "What can get dropout, by qualified name: embeddings, and fastai's `EmbeddingDropout` instead of what it wraps"
     wrapped = {id(m.emb) for m in model.modules() if isinstance(m, EmbeddingDropout) or _is_fastais(m)}
     is_free = lambda m: isinstance(m, nn.Embedding) and id(m) not in wrapped
     return {n:m for n,m in model.named_modules() if is_free(m) or (n and _is_fastais(m))}
@@ -57,7 +57,8 @@ _position = re.compile(r'(^|[._])(w?pos|wpe|position)', re.I)
 
 def _warn_of_positions(names):
     positions = [n for n in names if _position.search(n)]
-    if positions: warnings.warn(f'{positions} look like position embeddings: name the others with `only` to leave them alone')
+    if not positions: return
+    warnings.warn(f'{positions} look like position embeddings: name the others with `only` to leave them alone')
 
 # %% ../nbs/01_embeddings.ipynb #5f99edfa
 def _first(args, kwargs): return [*args, *kwargs.values()][0]
@@ -68,6 +69,7 @@ def _check_first(emb, args, kwargs):
 
 def _drop_rows(emb, args, kwargs, res):
     "Forward hook: `res`, the embeddings, with rows dropped"
+    if 'embed_p' in vars(emb): raise AttributeError('`embed_p` is to be assigned to the `row_dropout` of the embedding')
     mask = emb.row_dropout._row_mask(_first(args, kwargs), emb.weight)
     return res if mask is None else res*mask
 

@@ -1,7 +1,7 @@
-"""Pins what `EmbeddingDropout` is by itself: five properties that no impostor has, `nn.Embedding`'s options, persistence.
+"""Pins what `EmbeddingDropout` is: five properties that no impostor has, `nn.Embedding`'s options, persistence.
 
-Each impostor is a module that looks right. Here, and by the five lesson cells of `nbs/00_dropout.ipynb`, it is rejected by
-the properties that it lacks and passes the others; each property is the only one that rejects some impostor.
+An impostor is a module that looks right. Here, and by the five lesson cells of `nbs/00_dropout.ipynb`, it is rejected
+by exactly the properties that it lacks. Each property is the only one that rejects some impostor.
 """
 import copy, json, pickle, subprocess, sys
 from pathlib import Path
@@ -69,7 +69,8 @@ def test_is_embedding_dropout(p): assert lacks(EmbeddingDropout, p)==set()
 @pytest.mark.parametrize('cls', rejected_by)
 def test_impostor_rejected(cls): assert lacks(cls, .5)==rejected_by[cls]
 
-lessons = {'# 1: ':'shared', '# 2: ':'rate', '# 3: ':'scale', '# 4: ':'identity', '# 5: ':'changing'} # comments in the cells
+# from the comment in a cell to the property
+lessons = {'# 1: ':'shared', '# 2: ':'rate', '# 3: ':'scale', '# 4: ':'identity', '# 5: ':'changing'}
 
 def cells():
     nb = json.loads((Path(__file__).parent.parent/'nbs/00_dropout.ipynb').read_text())
@@ -135,8 +136,9 @@ def test_bad_index_changes_nothing(bad, max_norm):
 def test_float_words_are_torchs_error():
     with pytest.raises(RuntimeError): small()(torch.tensor([1.]))
 
-@pytest.mark.parametrize('emb,msg', [(10, 'emb=10: an nn.Embedding'), (nn.EmbeddingBag(10, D), 'it has summed the words'),
-                                     (nn.LayerNorm(D), r'emb=LayerNorm.* a weight of shape \(V, D\)'), (torch.zeros(10, D), 'an nn.Embedding')])
+no_embeddings = [(10, 'emb=10: an nn.Embedding'), (nn.EmbeddingBag(10, D), 'it has summed the words'),
+                 (nn.LayerNorm(D), r'emb=LayerNorm.* with a weight of shape'), (torch.zeros(10, D), 'an nn.Embedding')]
+@pytest.mark.parametrize('emb,msg', no_embeddings)
 def test_what_is_no_embedding_is_refused(emb, msg):
     with pytest.raises(TypeError, match=msg): EmbeddingDropout(emb, .5)
 
@@ -189,7 +191,8 @@ def test_torch_save(tmp_path):
 
 def test_state_dict_is_fastais(): assert list(small().state_dict())==['emb.weight']
 
-choices = [dict(per='batch'), dict(per='sequence'), dict(per='token'), dict(per='batch', hold=True), dict(per='sequence', hold=True)]
+choices = [dict(per='batch'), dict(per='sequence'), dict(per='token'), dict(per='batch', hold=True),
+           dict(per='sequence', hold=True)]
 
 @pytest.mark.parametrize('kw', choices, ids=str)
 @pytest.mark.parametrize('reentrant', [False, True])
@@ -199,7 +202,7 @@ def test_gradient_checkpointing_changes_nothing(kw, reentrant):
     for use in (False,True):
         torch.manual_seed(0)
         m = nn.Sequential(EmbeddingDropout(nn.Embedding(50, 8), .5, **kw), nn.Dropout(.5), nn.Linear(8, 1))
-        x,scale = torch.randint(0, 50, (4,6)),torch.ones((), requires_grad=True) # reentrant ones want an input with a gradient
+        x,scale = torch.randint(0, 50, (4,6)),torch.ones((), requires_grad=True) # for reentrant
         f = lambda x, scale: m(x)*scale
         for _ in range(2): # the second call has a mask to hold
             y = checkpoint(f, x, scale, use_reentrant=reentrant) if use else f(x, scale)
@@ -224,3 +227,46 @@ def test_made_on_meta_it_works(kw, how):
 def test_no_tensor_of_its_own_is_broadcast_or_saved():
     m = small()
     assert [n for n,_ in m.named_buffers()]==[] and [n for n,_ in m.named_parameters()]==['emb.weight']
+
+def kept_by(register):
+    "What a hook got to see and kept, and the result of the module"
+    m,kept = small(),[]
+    handle = register(m.emb, lambda mod, args, res: kept.append(res))
+    try: return m,m(some),kept[0]
+    finally: handle.remove()
+
+def forward_hook(emb, f): return emb.register_forward_hook(f)
+def global_forward_hook(emb, f):
+    g = lambda mod, args, res: f(mod, args, res) if mod is emb else None
+    return nn.modules.module.register_module_forward_hook(g)
+
+@pytest.mark.parametrize('register', [forward_hook, global_forward_hook])
+def test_what_a_hook_has_kept_is_not_changed(register):
+    m,out,kept = kept_by(register)
+    assert torch.equal(kept, m.emb(some)) and not torch.equal(out, kept)
+
+class Cached(nn.Embedding):
+    "Returns the same tensor each time"
+    def forward(self, words): return vars(self).setdefault('cache', super().forward(words))
+
+def test_what_another_forward_has_kept_is_not_changed():
+    for m in (EmbeddingDropout(Cached(10, D), .5), small()):
+        if type(m.emb) is nn.Embedding:
+            cache = m.emb(some)
+            m.emb.forward = lambda words: cache
+        before = m.emb(some).detach().clone()
+        assert (m(some)==0).all(-1).any() and torch.equal(m.emb(some), before)
+
+@pytest.mark.filterwarnings('ignore:Full backward hook is firing:UserWarning') # ids have no gradient
+@pytest.mark.parametrize('register', ['register_full_backward_hook', 'register_full_backward_pre_hook'])
+def test_backward_hooks_see_the_gradient(register):
+    m,seen = small(),[]
+    getattr(m.emb, register)(lambda mod, *grads: seen.append(grads[-1][0]))
+    out = m(some)
+    out.sum().backward()
+    assert_close(seen[0], torch.where(out==0, 0., 2.))
+
+def test_one_batch_many_masks_by_vmap():
+    m = EmbeddingDropout(nn.Embedding(10, D), .5, per='token')
+    outs = torch.func.vmap(lambda _: m(some), randomness='different')(torch.zeros(100))
+    assert .3 < (outs==0).all(-1).float().mean() < .7 and not torch.equal(outs[0], outs[1])

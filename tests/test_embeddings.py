@@ -1,6 +1,7 @@
-"""Pins `add_embedding_dropout`: it adds a child and two hooks and changes nothing else, on random models and in one training run per model family.
+"""Pins `add_embedding_dropout`: it adds a child and two hooks to an embedding and changes nothing else.
 
-State-dict keys, parameter objects, ties, optimizer state, hooks, options, device, copies, pickles, exports; and the way back.
+On random models: state-dict keys, parameters, ties, optimizer state, hooks, options, copies, pickles, exports, and the
+way back. One training run for each family of models.
 """
 import copy, pickle, re, subprocess, sys
 import numpy as np, pandas as pd, pytest, torch
@@ -22,19 +23,22 @@ class Net(nn.Module):
     "Embeddings with the given options, the first tied to a linear layer, some of them twice in the tree"
     def __init__(self, specs, share):
         super().__init__()
-        self.embs = nn.ModuleList([(Embedding if fa else nn.Embedding)(v, 4, **({} if fa else kw)) for v,fa,kw in specs])
+        embs = [Embedding(v, 4) if of_fastai else nn.Embedding(v, 4, **kw) for v,of_fastai,kw in specs]
+        self.embs = nn.ModuleList(embs)
         self.out = nn.Linear(4, self.embs[0].num_embeddings, bias=False)
         self.out.weight = self.embs[0].weight
         if share: self.again = self.embs[-1]
     def forward(self, x): return self.out(sum(e(x%e.num_embeddings) for e in self.embs))
 
-options = st.fixed_dictionaries({}, optional=dict(padding_idx=st.integers(0, 2), max_norm=st.floats(.5, 2), scale_grad_by_freq=st.booleans()))
-nets = st.builds(Net, st.lists(st.tuples(st.integers(3, 30), st.booleans(), options), min_size=1, max_size=4), st.booleans())
+optional = dict(padding_idx=st.integers(0, 2), max_norm=st.floats(.5, 2), scale_grad_by_freq=st.booleans())
+specs = st.tuples(st.integers(3, 30), st.booleans(), st.fixed_dictionaries({}, optional=optional))
+nets = st.builds(Net, st.lists(specs, min_size=1, max_size=4), st.booleans())
 
 def facts(m):
     options = [(o.padding_idx, o.max_norm, o.scale_grad_by_freq, o.sparse, tuple(o.weight.shape)) for o in m.embs]
-    return (list(m.state_dict()), [id(p) for p in m.parameters()], list(m.named_buffers()), m.out.weight is m.embs[0].weight,
-            [type(o) for o in m.embs], options)
+    tied,types = m.out.weight is m.embs[0].weight,[type(o) for o in m.embs]
+    return list(m.state_dict()),[id(p) for p in m.parameters()],list(m.named_buffers()),tied,types,options
+
 def attributes(m):
     "The attributes of each embedding, in their order, with copies of those that hold hooks and children"
     return [[(k, dict(v) if isinstance(v, dict) else v) for k,v in vars(o).items()] for o in m.embs]
@@ -43,7 +47,8 @@ def attributes(m):
 def test_nothing_but_hooks_and_a_child_is_added(m, p, per):
     before,attrs = facts(m),attributes(m)
     changed = add_embedding_dropout(m, p, per)
-    assert [*changed.values()]==[o.row_dropout for o in m.embs] and all(o.embed_p==p and o.per==per for o in changed.values())
+    assert [*changed.values()]==[o.row_dropout for o in m.embs]
+    assert all(o.embed_p==p and o.per==per for o in changed.values())
     assert facts(m)==before
     m(torch.randint(0, 30, (2,5))).sum().backward()
     assert sorted(remove_embedding_dropout(m))==sorted(changed)
@@ -143,6 +148,12 @@ def test_a_bad_id_changes_nothing():
     with pytest.raises(IndexError): emb(torch.tensor([1,9]))
     assert torch.equal(emb.weight, before) and torch.equal(torch.get_rng_state(), rng)
 
+def test_embed_p_assigned_to_the_embedding_is_an_error():
+    m = nn.Sequential(nn.Embedding(9, 2))
+    add_embedding_dropout(m, .5)
+    m[0].embed_p = .1
+    with pytest.raises(AttributeError, match='row_dropout'): m(torch.arange(9))
+
 def test_evaluation_is_kept():
     m = nn.Sequential(nn.Embedding(9, 2)).eval()
     add_embedding_dropout(m, 1)
@@ -194,11 +205,14 @@ def test_only(only, want): assert list(add_embedding_dropout(net(), .1, only=onl
 
 def test_one_column_is_left_alone_unless_named():
     m = nn.ModuleDict(dict(u_weight=nn.Embedding(5,2), u_bias=nn.Embedding(5,1)))
-    assert list(add_embedding_dropout(m, .1))==['u_weight'] and list(add_embedding_dropout(m, .1, only='u_*'))==['u_weight','u_bias']
-    with pytest.raises(ValueError, match=re.escape("['0'] have one column each")): add_embedding_dropout(nn.Sequential(nn.Embedding(5,1)), .1)
+    assert list(add_embedding_dropout(m, .1))==['u_weight']
+    assert list(add_embedding_dropout(m, .1, only='u_*'))==['u_weight','u_bias']
+    with pytest.raises(ValueError, match=re.escape("['0'] have one column each")):
+        add_embedding_dropout(nn.Sequential(nn.Embedding(5,1)), .1)
 
 def test_no_match_lists_what_there_is():
-    with pytest.raises(ValueError, match=re.escape("['embs.0', 'embs.1']")): add_embedding_dropout(net(), .1, only='emb')
+    names = re.escape("['embs.0', 'embs.1']")
+    with pytest.raises(ValueError, match=names): add_embedding_dropout(net(), .1, only='emb')
     with pytest.raises(ValueError, match='no nn.Embedding'): add_embedding_dropout(nn.Linear(2,2), .1)
 
 @pytest.mark.parametrize('kw', [dict(embed_p=1.5), dict(embed_p=.1, per='word')])
@@ -214,7 +228,8 @@ def test_position_embeddings_warn(name):
     add_embedding_dropout(m, .1, only='tok')
 
 def test_fastais_own_is_replaced(dls):
-    learn = language_model_learner(dls, fastai_awdlstm.AWD_LSTM, config={**fastai_awdlstm.awd_lstm_lm_config, **SMALL}, pretrained=False)
+    config = {**fastai_awdlstm.awd_lstm_lm_config, **SMALL}
+    learn = language_model_learner(dls, fastai_awdlstm.AWD_LSTM, config=config, pretrained=False)
     keys = list(learn.model.state_dict())
     assert list(add_embedding_dropout(learn.model, .3))==['0.encoder_dp']
     assert isinstance(learn.model[0].encoder_dp, EmbeddingDropout) and list(learn.model.state_dict())==keys
@@ -239,7 +254,8 @@ def sales():
     df = pd.DataFrame(dict(shop=rng.integers(0, 9, 400), item=rng.integers(0, 9, 400), price=rng.random(400)))
     return df.assign(sold=(df['shop']%3 + df['item']%2).astype('float32'))
 
-not_writable = pytest.mark.filterwarnings('ignore:The given NumPy array is not writable:UserWarning') # fastai's tables, under pandas 3
+# fastai's tables, under pandas 3
+not_writable = pytest.mark.filterwarnings('ignore:The given NumPy array is not writable:UserWarning')
 
 def trains(learn, tmp_path, epochs=6):
     add_embedding_dropout(learn.model, .1)
@@ -251,18 +267,20 @@ def trains(learn, tmp_path, epochs=6):
     other = load_learner(tmp_path/'m.pkl')
     ours,theirs = [[m for m in l.model.modules() if hasattr(m, 'row_dropout')] for l in (learn,other)]
     assert len(ours)==len(theirs)>0
-    for a,b in zip(ours, theirs): assert torch.equal(a.weight, b.weight) and a.row_dropout.embed_p==b.row_dropout.embed_p
+    for a,b in zip(ours, theirs):
+        assert torch.equal(a.weight, b.weight) and a.row_dropout.embed_p==b.row_dropout.embed_p
 
 @not_writable
 def test_tabular_learner(sales, tmp_path):
-    dls = TabularDataLoaders.from_df(sales, procs=[Categorify, Normalize], cat_names=['shop','item'], cont_names=['price'], y_names='sold',
-                                     bs=32, valid_idx=list(range(80)), device='cpu')
+    columns = dict(cat_names=['shop','item'], cont_names=['price'], y_names='sold', procs=[Categorify, Normalize])
+    dls = TabularDataLoaders.from_df(sales, **columns, bs=32, valid_idx=list(range(80)), device='cpu')
     trains(tabular_learner(dls, layers=[16]), tmp_path)
 
 @not_writable
 @pytest.mark.parametrize('use_nn', [False, True], ids=['EmbeddingDotBias','EmbeddingNN'])
 def test_collab_learner(sales, tmp_path, use_nn):
-    dls = CollabDataLoaders.from_df(sales.rename(columns=dict(shop='user', sold='rating'))[['user','item','rating']], bs=32, seed=0, device='cpu')
+    ratings = sales.rename(columns=dict(shop='user', sold='rating'))[['user','item','rating']]
+    dls = CollabDataLoaders.from_df(ratings, bs=32, seed=0, device='cpu')
     trains(collab_learner(dls, n_factors=8, use_nn=use_nn, y_range=(-.5,3.5)), tmp_path)
 
 class TinyTransformer(nn.Module):
@@ -296,7 +314,8 @@ def test_transformer_encoder():
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning') # raised inside transformers
 def test_hugging_face_causal_lm(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'torchvision', None) # with torch's CPU build torchvision does not import, and transformers would try
+    # transformers would import torchvision, which fails beside torch's CPU build
+    monkeypatch.setitem(sys.modules, 'torchvision', None)
     from transformers import GPT2Config, GPT2LMHeadModel
     sizes = dict(vocab_size=30, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     config = GPT2Config(**sizes, attn_pdrop=0., resid_pdrop=0., embd_pdrop=0.)

@@ -42,10 +42,12 @@ def test_same_gradients(p):
     words,grads = torch.randint(0, V, (4,9)),[]
     for m in (a,b):
         seeded(0, m, words).pow(2).sum().backward()
-        grads.append(m.emb.weight.grad.clone()); m.emb.weight.grad = None
+        grads.append(m.emb.weight.grad.clone())
+        m.emb.weight.grad = None
     assert_close(*grads)
 
-@pytest.mark.parametrize('scale', [2., torch.tensor(.3), torch.arange(1., D+1), torch.rand(V,1), torch.rand(V,D), torch.rand(1,D)])
+scales = [2., torch.tensor(.3), torch.arange(1., D+1), torch.rand(V,1), torch.rand(V,D), torch.rand(1,D)]
+@pytest.mark.parametrize('scale', scales)
 def test_same_scale(scale):
     a,b = pair()
     words = torch.randint(0, V, (4,9))
@@ -57,7 +59,8 @@ def test_same_scale(scale):
 def test_same_number_of_draws():
     a,b = pair()
     words = torch.randint(0, V, (4,9))
-    seeded(0, a, words); after = torch.rand(1)
+    seeded(0, a, words)
+    after = torch.rand(1)
     seeded(0, b, words)
     assert torch.equal(after, torch.rand(1))
 
