@@ -1,6 +1,6 @@
 """A Learner callback that moves `embed_p`, or any dropout probability, while a model trains
 
-`AnnealEmbedP(.1, 0)` takes a model's embedding dropout from 0.1 to 0 over a fit. `DropoutScheduler` does so for any dropout probability, along any schedule, and `AnnealDropMult` for all of them in proportion. Values are absolute: `drop_mult` does not scale them. Annealed dropout is Rennie et al. 2014.
+`AnnealEmbedP(.1, 0)` takes a model's embedding dropout from 0.1 to 0 over a fit. `DropoutScheduler` does so for any dropout probability, along any schedule, and `AnnealDropMult` for all of them in proportion. Values are absolute: `drop_mult` does not scale them. The idea of annealed dropout is from Rennie et al. 2014.
 
 Docs: https://fastai-embdrop.github.io/fastai_embdrop/anneal.html.md"""
 
@@ -103,7 +103,7 @@ def _pct(self:DropoutScheduler):
 
 @patch
 def before_train(self:DropoutScheduler):
-    "A fit starts where the last one ended; `start_epoch` and a resumed fit continue where they started"
+    "Note where this fit starts. A fit with `start_epoch`, or a resumed one, keeps the start of the fit that it continues"
     if self.plan and self.epoch==0: self.fit_start = self.spent
 
 # %% ../nbs/03_anneal.ipynb #dd7eec06
@@ -141,7 +141,7 @@ def after_validate(self:DropoutScheduler):
 
 @patch
 def _in_fit(self:DropoutScheduler):
-    "Is this a fit? `validate` and `get_preds`, also those that a callback calls during a fit, hold the learner's lock"
+    "False in `validate` and `get_preds`, which hold the learner's lock, even when a callback calls them during a fit"
     return not self.learn.lock.locked()
 
 # %% ../nbs/03_anneal.ipynb #641d85f3
