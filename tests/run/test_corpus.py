@@ -1,4 +1,4 @@
-"""Pins how text is read (every form of `data`, what is held out, what is refused), tokenized in memory and made into loaders."""
+"Pins how text is read (forms of `data`, what is held out, what is refused), tokenized in memory and made into loaders."
 import pickle, sys
 import pandas as pd, pytest, torch
 from fastai.text.all import LMDataLoader, SpacyTokenizer, tokenize1
@@ -6,8 +6,8 @@ from fastai_embdrop.run import corpus as C
 from fastai_embdrop.awdlstm import awd_lstm_learner
 from fastai_embdrop.run.corpus import (docstrings, fingerprint, first_words, split_items, lm_dataloaders, read_corpus,
                                    source_files, tokenize, tokenizer)
-from fastai_embdrop.run.files import read_text
 from conftest import SMALL, small_dls
+from running import Bomb
 
 def words(n, start=0): return ' '.join(f'w{i}' for i in range(start, start+n))
 
@@ -19,23 +19,12 @@ def files(tmp_path):
     for i in range(20): (tmp_path/f'{i:02}.txt').write_text(words(10, 10*i))
     return tmp_path
 
-# Files
-
-def test_byte_order_mark_and_line_ends(tmp_path):
-    (tmp_path/'a.txt').write_bytes('\ufeffone\r\ntwo\rthree\n'.encode())
-    assert read_text(tmp_path/'a.txt') == 'one\ntwo\nthree\n'
-
-@pytest.mark.parametrize('head,at', [(b'', 3), ('\ufeff'.encode(), 3)])
-def test_not_utf8(tmp_path, head, at):
-    (tmp_path/'a.txt').write_bytes(head+b'caf\xe9')
-    with pytest.raises(ValueError, match=f'a.txt: not UTF-8 at byte {at}$'): read_text(tmp_path/'a.txt')
+# Forms of `data`
 
 @pytest.mark.parametrize('text', ['', ' \n\t ', '\ufeff'])
 def test_empty(tmp_path, text):
     (tmp_path/'a.txt').write_text(text, encoding='utf-8')
     with pytest.raises(ValueError, match='a.txt: no text'): read_corpus(tmp_path/'a.txt')
-
-# Forms of `data`
 
 def test_text_file_holds_out_its_end(tmp_path):
     text = words(100)
@@ -94,6 +83,17 @@ def test_too_little_to_hold_some_out(tmp_path, name, text):
     (tmp_path/name).write_text(text)
     with pytest.raises(ValueError, match='too little text'): read_corpus(tmp_path/('d' if name[0]=='d' else name))
 
+@pytest.mark.parametrize('names', [['pos','neg'], ['train/pos','train/neg','valid/pos']])
+def test_texts_in_folders_of_the_folder_are_pointed_out(tmp_path, names):
+    for o in names:
+        (tmp_path/o).mkdir(parents=True)
+        (tmp_path/o/'1.txt').write_text('A fine film.')
+    listed = ', '.join(sorted({o.split('/')[0] for o in names}))
+    with pytest.raises(ValueError, match=rf'the folders in it are not read \({listed}\)$'): read_corpus(tmp_path)
+    (tmp_path/'all.txt').write_text(words(50))
+    (tmp_path/'more.txt').write_text(words(50))
+    assert read_corpus(tmp_path)==([words(50)], [words(50)], ()), 'with texts of its own, those are read'
+
 # What is held out
 
 def test_held_out_text_depends_on_no_seed_but_its_own(files):
@@ -113,17 +113,19 @@ def test_first_words_keeps_what_is_between_them():
 def test_fingerprint(files):
     corpus = read_corpus(files)
     assert fingerprint(corpus) == fingerprint(read_corpus(files))
-    others = [corpus._replace(train=corpus.train[::-1]), corpus._replace(test=['x']), C.Corpus(corpus.train+corpus.valid, [])]
+    others = [corpus._replace(train=corpus.train[::-1]), corpus._replace(test=['x']),
+              C.Corpus(corpus.train+corpus.valid, [])]
     assert len({fingerprint(o) for o in [corpus]+others}) == 4
 
 # Docstrings
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    "An installed package of 20 modules that cannot be imported, a docstring in each; and tests, which have one too"
+    "An installed package of 20 modules that cannot be imported, with a docstring in each; its tests have one too"
     (tmp_path/'boom'/'tests').mkdir(parents=True)
     for f in ['__init__','tests/test_a','conftest','testing']+[f'm{i}' for i in range(20)]:
-        (tmp_path/f'boom/{f}.py').write_text(f'"""In {f}:\n   {words(20)}"""\nraise SystemExit\ndef f():\n  "{words(20)}, \\d"\n')
+        source = f'"""In {f}:\n   {words(20)}"""\nraise SystemExit\ndef f():\n  "{words(20)}, \\d"\n'
+        (tmp_path/f'boom/{f}.py').write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(C, 'doc_pkgs', ('boom',))
 
@@ -159,7 +161,8 @@ def test_spacy_tokens_are_those_of_fastai():
     assert tokenize(texts) == [list(tokenize1(t, SpacyTokenizer())) for t in texts]
 
 def test_split_tokens():
-    assert tokenize(['= Title = \n\n the <unk> N \n'], 'split') == [['=','Title','=','xxeos','xxeos','the','<unk>','N','xxeos']]
+    toks, = tokenize(['= Title = \n\n the <unk> N \n'], 'split')
+    assert toks==['=','Title','=','xxeos','xxeos','the','<unk>','N','xxeos']
     assert tokenizer('split')('a prompt')==['a','prompt']
 
 @pytest.mark.parametrize('tok', ['spacy','split'])
@@ -176,18 +179,21 @@ def test_processes_change_nothing():
     assert tokenize(texts, n_workers=2) == tokenize(texts, n_workers=0)
 
 def test_nothing_is_written_or_trusted_beside_the_text(tmp_path):
-    class Bomb:
-        def __reduce__(self): return open, (str(tmp_path/'exploded'),'w')
     data = tmp_path/'data'
     for d in data, tmp_path/'data_tok', data/'data_tok':
         d.mkdir()
-        (d/'counter.pkl').write_bytes(pickle.dumps(Bomb()))
-        (d/'lengths.pkl').write_bytes(pickle.dumps(Bomb()))
+        (d/'counter.pkl').write_bytes(pickle.dumps(Bomb(tmp_path/'boom')))
+        (d/'lengths.pkl').write_bytes(pickle.dumps(Bomb(tmp_path/'boom')))
     for i in range(20): (data/f'{i}.txt').write_text(words(10))
     (data/'data_tok'/'0.txt').write_text('planted')
     before = contents(tmp_path)
     lm_dataloaders(*map(tokenize, read_corpus(data)), min_freq=1, bs=2, seq_len=4, device='cpu')
     assert contents(tmp_path)==before
+
+@pytest.mark.parametrize('texts,tok,error,msg', [('one string','spacy',TypeError,'texts is one string'),
+                                                 (['a b'],'nltk',ValueError,"tok='nltk': not one of spacy, split")])
+def test_what_is_no_list_or_no_tokenizer(texts, tok, error, msg):
+    with pytest.raises(error, match=msg): tokenize(texts, tok)
 
 # Loaders
 
@@ -198,9 +204,10 @@ def test_loaders():
     assert isinstance(dls.train, LMDataLoader) and len(dls.loaders)==2 and dls.vocab[0]=='xxunk'
 
 def test_vocabulary_is_of_the_training_tokens():
-    dls = lm_dataloaders([['a']*9+['b']*2], [['c']*9], [['a','d']*4], tok='split', min_freq=3, bs=2, seq_len=2, device='cpu')
+    kw = dict(bs=2, seq_len=2, device='cpu')
+    dls = lm_dataloaders([['a']*9+['b']*2], [['c']*9], [['a','d']*4], tok='split', min_freq=3, **kw)
     assert 'a' in dls.vocab and not {'b','c','d'} & set(dls.vocab) and len(dls.loaders)==3
-    small = lm_dataloaders([[f'w{i}' for i in range(99)]], [['w']*9], min_freq=1, max_vocab=20, bs=2, seq_len=2, device='cpu')
+    small = lm_dataloaders([[f'w{i}' for i in range(99)]], [['w']*9], min_freq=1, max_vocab=20, **kw)
     assert len([o for o in small.vocab if o!='xxfake'])==20
 
 @pytest.mark.parametrize('n,m,what', [(16,3,'16 training'), (17,2,'2 held-out')])

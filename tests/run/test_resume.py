@@ -7,8 +7,9 @@ import pandas as pd, pytest, torch
 from fastai.basics import Callback, defaults
 from fastai_embdrop.run.checkpoint import checkpoint_files, last_checkpoint, read_checkpoint
 from fastai_embdrop.run.files import run_lock, write_atomic
-from fastai_embdrop.run.train import main, run_files
-from test_train import TINY, fails, flags, text
+from fastai_embdrop.run.folder import run_files
+from fastai_embdrop.run.train import main
+from running import TINY, Bomb, fails, flags, text
 
 KILLS = int(os.environ.get('EMBDROP_KILLS', 5))
 new,prev = checkpoint_files
@@ -145,10 +146,6 @@ def test_two_torn_files_are_refused(capsys, args, broken):
     assert main([*args, '--resume'])==2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f'embdrop-train: {broken/prev}: not a whole checkpoint')
     assert sorted(os.listdir(broken))==sorted(checkpoint_files)
-
-class Bomb:
-    def __init__(self, path): self.path = path
-    def __reduce__(self): return os.mkdir, (str(self.path),)
 
 def test_no_code_in_a_checkpoint_runs(broken, tmp_path):
     state = torch.load(broken/new, weights_only=True)
