@@ -75,7 +75,7 @@ def test_resume_goes_on(whole, args, broken):
     same_run(whole, broken)
 
 def test_a_begun_run_is_not_overwritten_unasked(capsys, whole, args, broken):
-    assert 'holds an unfinished run; --resume goes on with it, --overwrite replaces it' in fails(capsys, *args)
+    assert 'holds an unfinished run; --resume continues it, --overwrite replaces it' in fails(capsys, *args)
     assert 'not allowed with' in fails(capsys, *args, '--overwrite', '--resume')
     assert main([*args, '--overwrite']) is None
     same_run(whole, broken)
@@ -172,7 +172,7 @@ def test_no_more_can_be_written(capsys, whole, args, hook, tmp_path, block, msg)
 def test_disk_full_at_the_end(capsys, whole, args, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr('fastai_embdrop.run.folder.write_atomic', lambda path, write: write_atomic(path, raises(OSError(28, 'No space left on device'))))
-        assert fails(capsys, *args).endswith('model.pth: cannot be written (No space left on device)\n')
+        assert fails(capsys, *args).endswith('schedule.png: cannot be written (No space left on device)\n')
     assert main([*args, '--resume']) is None
     same_run(whole, tmp_path/'run')
 
