@@ -1,18 +1,35 @@
-"Forward + backward of embedding dropout against fastai's class and plain `nn.Embedding`, over vocabulary sizes, time and extra memory; then the pieces of a step with sparse gradients."
-import json, subprocess, sys
+"""Embedding dropout, forward and backward, beside fastai's class and `nn.Embedding`: ratios, time and memory over
+sizes; then the pieces of a step with sparse gradients."""
+import json, os, subprocess, sys
+from dataclasses import astuple, dataclass
 from statistics import median
 import torch
 from torch import nn
 from fastai.text.models.awdlstm import EmbeddingDropout as Fastai
 from fastai_embdrop.dropout import EmbeddingDropout, splitmix64
-from benchmarks.common import Memory, arguments, interleave, report
+from benchmarks.common import Memory, allocator, arguments, interleave, report
 
-# V, D, batch, sparse, with fastai's class?
-sizes = [(10_000,400,(64,72),False,True), (60_000,400,(64,72),False,True), (268_000,1024,(8,128),False,True), (1_000_000,64,(64,72),False,True),
-         (10_000_000,16,(64,72),False,True), (1_000_000,64,(64,72),True,False), (20_000_000,64,(64,72),True,False)]
+@dataclass
+class Size:
+    "A table of V x D, a batch of words, the kind of gradient, and whether freed memory is kept by the allocator"
+    V:int
+    D:int
+    bs:int
+    seq_len:int
+    sparse:int = 0
+    kept:int = 0
 
-def kinds(emb, fastai):
-    return {'ours':EmbeddingDropout(emb, .1), **({'fastai':Fastai(emb, .1)} if fastai else {}), 'plain':emb}
+sizes = [Size(10_000, 400, 64, 72), Size(10_000, 400, 64, 72, kept=1), Size(60_000, 400, 64, 72),
+         Size(268_000, 1024, 8, 128), Size(1_000_000, 64, 64, 72), Size(10_000_000, 16, 64, 72),
+         Size(1_000_000, 64, 64, 72, sparse=1), Size(20_000_000, 64, 64, 72, sparse=1)]
+
+# glibc then keeps what is freed, up to 1 GB, instead of fetching it from the kernel again at each step
+keep_memory = dict(MALLOC_TRIM_THRESHOLD_=str(2**30), MALLOC_MMAP_THRESHOLD_=str(2**30))
+
+def kinds(emb, sparse):
+    "Modules by name; fastai's class has no sparse gradients"
+    res = dict(ours=EmbeddingDropout(emb, .1), plain=emb)
+    return res if sparse else {**res, 'fastai':Fastai(emb, .1)}
 
 def stepper(m, emb, words):
     "Forward and backward of `m`, from a gradient like one that arrives in training"
@@ -23,14 +40,15 @@ def stepper(m, emb, words):
     return step
 
 def table(V, D, sparse, device):
-    emb = nn.Embedding(1, D, sparse=sparse, device=device)
+    emb = nn.Embedding(1, D, sparse=bool(sparse), device=device)
     emb.weight,emb.num_embeddings = nn.Parameter(torch.rand(V, D, device=device)),V
     return emb
 
-def steps(V, D, shape, sparse, fastai, device):
+def steps(size, device):
     "The step of each kind; embedding and word ids are shared"
-    emb,words = table(V, D, sparse, device),torch.randint(0, V, shape, device=device)
-    return {k:stepper(m, emb, words) for k,m in kinds(emb, fastai).items()}
+    emb = table(size.V, size.D, size.sparse, device)
+    words = torch.randint(0, size.V, (size.bs, size.seq_len), device=device)
+    return {k:stepper(m, emb, words) for k,m in kinds(emb, size.sparse).items()}
 
 def peak_mb(step, device):
     "Peak memory of one step above what is held before it, MB"
@@ -41,47 +59,59 @@ def peak_mb(step, device):
     return memory.peak()-base
 
 def measure(spec, args):
-    "Print what `spec` asks for: the milliseconds of each kind, or the megabytes of one, in this process"
-    what,*sizes = spec.split(',')
-    V,D,b,t,sparse,fastai = map(int, sizes)
-    steps(9, 2, (2,2), bool(sparse), False, args.device)['plain']() # what the first backward of a process takes
-    fs = steps(V, D, (b,t), bool(sparse), bool(fastai), args.device)
-    print(json.dumps(interleave(fs, args.runs*(20 if sparse else 1), args.device) if what=='ms' else peak_mb(fs[what], args.device)))
+    "In this process: the milliseconds of each kind, or the megabytes of one"
+    what,*numbers = spec.split(',')
+    size = Size(*map(int, numbers))
+    steps(Size(9, 2, 2, 2, size.sparse), args.device)['plain']() # what the first backward of a process takes
+    fs = steps(size, args.device)
+    runs = args.runs*20 if size.sparse else args.runs if size.V*size.D<1e8 else max(5, args.runs//3)
+    print(json.dumps(interleave(fs, runs, args.device) if what=='ms' else peak_mb(fs[what], args.device)))
 
 def asked(what, size, args):
     "What a process of its own measures"
-    V,D,shape,sparse,fastai = size
-    spec = ','.join(map(str, (what, V, D, *shape, int(sparse), int(fastai))))
-    cmd = [sys.executable, '-m', 'benchmarks.op', '--measure', spec, '--runs', str(args.runs if V*D<1e8 or sparse else max(5, args.runs//3)), '--device', args.device]
-    return json.loads(subprocess.run(cmd, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    spec = ','.join(map(str, (what, *astuple(size))))
+    cmd = [sys.executable, '-m', 'benchmarks.op', '--measure', spec, '--runs', str(args.runs), '--device', args.device]
+    env = {**os.environ, **(keep_memory if size.kept else {})}
+    return json.loads(subprocess.run(cmd, stdout=subprocess.PIPE, text=True, check=True, env=env).stdout)
 
-def profile_row(V, D, shape, sparse, fastai, args):
-    "Milliseconds of a whole step with a mask that is at hand, and of the mask and the hash in it alone, beside `nn.Embedding` and ours"
-    emb,words = table(V, D, sparse, args.device),torch.randint(0, V, shape, device=args.device)
-    drop = EmbeddingDropout(emb, .1)
-    mask,seed = drop._row_mask(words, emb.weight),drop._draw_seed()
-    whole = {k:stepper(m, emb, words) for k,m in dict(plain=emb, masked=lambda words: emb(words)*mask, ours=drop).items()}
-    ms = interleave({**whole, 'mask':lambda: drop._row_mask(words, emb.weight), 'hash':lambda: splitmix64(words, seed)}, 20*args.runs, args.device)
-    return dict(V=V, D=D, tokens=words.numel(), **{f'{k}_ms':f'{v:.3f}' for k,v in ms.items()})
+def op_row(size, args):
+    "Medians over the rounds, each a process: ratios of what was measured in turn, milliseconds, megabytes"
+    rounds = [asked('ms', size, args) for _ in range(args.rounds)]
+    def ratio(a, b): return f'{median(r[a]/r[b] for r in rounds):.2f}' if a in rounds[0] else ''
+    ms = {k:median(r[k] for r in rounds) for k in rounds[0]}
+    mb = {k:asked(k, size, args) for k in ms}
+    names = 'ours','fastai','plain'
+    figures = {**{f'{k}_ms':f'{ms[k]:.3f}' if k in ms else '' for k in names},
+               **{f'{k}_mb':f'{mb[k]:.1f}' if k in mb else '' for k in names}}
+    setting = ' '.join(f'{k}={v}' for k,v in keep_memory.items()) if size.kept else allocator(args.device)
+    return dict(V=size.V, D=size.D, tokens=size.bs*size.seq_len, sparse=bool(size.sparse),
+                over_plain=ratio('ours', 'plain'), fastai_over_plain=ratio('fastai', 'plain'), **figures,
+                allocator=setting)
 
 def op_rows(args):
-    "One row for each of `sizes`: medians over the rounds"
     rows = []
     for size in sizes:
-        V,D,shape,sparse,fastai = size
-        rounds = [asked('ms', size, args) for _ in range(args.rounds)]
-        ms = {k:median(r[k] for r in rounds) for k in rounds[0]}
-        mem = {k:asked(k, size, args) for k in ms}
-        rows.append(dict(V=V, D=D, tokens=shape[0]*shape[1], sparse=sparse, **{f'{k}_ms':f'{ms[k]:.3f}' if k in ms else '' for k in ('ours','fastai','plain')},
-                         over_plain=f"{ms['ours']/ms['plain']:.2f}", faster_than_fastai=f"{ms['fastai']/ms['ours']:.2f}" if fastai else '',
-                         extra_ms=f"{ms['ours']-ms['plain']:.3f}", **{f'{k}_mb':f'{mem[k]:.1f}' if k in mem else '' for k in ('ours','fastai','plain')}))
+        if size.kept and args.device.startswith('cuda'): continue # glibc's setting
+        rows.append(op_row(size, args))
         print(rows[-1], flush=True)
     return rows
+
+def profile_row(size, args):
+    "Milliseconds of a step with a mask that is at hand, and of the mask and its hash alone, beside the whole step"
+    emb = table(size.V, size.D, size.sparse, args.device)
+    words = torch.randint(0, size.V, (size.bs, size.seq_len), device=args.device)
+    drop = EmbeddingDropout(emb, .1)
+    mask,seed = drop._row_mask(words, emb.weight),drop._draw_seed()
+    modules = dict(plain=emb, masked=lambda words: emb(words)*mask, ours=drop)
+    parts = dict(mask=lambda: drop._row_mask(words, emb.weight), hash=lambda: splitmix64(words, seed))
+    ms = interleave({**{k:stepper(m, emb, words) for k,m in modules.items()}, **parts}, 20*args.runs, args.device)
+    return dict(V=size.V, D=size.D, tokens=words.numel(), **{f'{k}_ms':f'{v:.3f}' for k,v in ms.items()})
 
 def main():
     args = arguments(__doc__, runs=15, rounds=3, only='', measure='')
     if args.measure: return measure(args.measure, args)
     if args.only in ('','op'): report('op', op_rows(args), args.device)
-    if args.only in ('','profile'): report('op_profile', [profile_row(*size, args) for size in sizes if size[3]], args.device)
+    if args.only in ('','profile'):
+        report('op_profile', [profile_row(size, args) for size in sizes if size.sparse], args.device)
 
 if __name__=='__main__': main()
