@@ -12,6 +12,8 @@ What it simulates: a device `simgpu:0`, torch's PrivateUse1 backend, whose tenso
 What it cannot simulate: time, streams and graphs; kernels and their rounding, cuDNN (an LSTM runs cell by cell) and
 autocast; the card's own random generator; locations in files (a tensor is saved as the CPU's, and its copy is counted);
 several devices; fastai's typed tensors, which lose their type on the device; waits inside a kernel's own code.
+
+Importing this file makes `simgpu` the accelerator of the process for good: see tests/test_simgpu.py.
 """
 import sys
 from collections import Counter
@@ -24,11 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
-_setup = getattr(backend_registration, '_setup_privateuseone_for_python_backend', None)
-missing = None if _setup else f'torch {torch.__version__} has no backends in Python'
-if not missing:
-    _setup('simgpu')
-    device = torch.device('simgpu', 0)
+backend_registration._setup_privateuseone_for_python_backend('simgpu')
+device = torch.device('simgpu', 0)
 
 seen = Counter() # copies and reads since `simulated()` began: from (kind, line) to how many
 
@@ -163,4 +162,4 @@ def _register():
         library.impl(name, lambda *args, op=op, **kwargs: _run(op, args, kwargs))
     return library
 
-if not missing: _library = _register() # kept, or its kernels go with it
+_library = _register() # kept, or its kernels go with it
