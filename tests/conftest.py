@@ -1,4 +1,6 @@
-"Shared by all tests: no window for plots, one thread, small data made here, the skips of `cuda` and `long` tests, and hypothesis' profiles."
+"""Shared by all tests: no window for plots, one thread, small data made here, the skips of `cuda` and `long` tests, and
+hypothesis' profiles.
+"""
 import os, shutil, tempfile
 from collections import Counter
 os.environ.setdefault('MPLBACKEND', 'agg')
@@ -13,8 +15,9 @@ from fastai_embdrop.run.corpus import lm_dataloaders
 
 SMALL = dict(emb_sz=12, n_hid=16, n_layers=2)
 
-for k,n in dict(ci=40, long=560).items():
-    settings.register_profile(k, max_examples=n, derandomize=k=='ci', deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+common = dict(deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile('ci', max_examples=40, derandomize=True, **common)
+settings.register_profile('long', max_examples=560, **common)
 settings.load_profile(os.getenv('HYPOTHESIS_PROFILE', 'ci'))
 set_hypothesis_home_dir(os.path.join(tempfile.gettempdir(), 'hypothesis'))
 
@@ -32,7 +35,8 @@ def random_tokens(n, seed=0, V=40):
     return [f'w{i}' for i in np.random.default_rng(seed).zipf(1.5, n)%V]
 
 def small_dls(n=800, bs=4, seq_len=8, device='cpu'):
-    return lm_dataloaders([random_tokens(n)], [random_tokens(200, 1)], tok='split', min_freq=1, bs=bs, seq_len=seq_len, device=device)
+    texts = [random_tokens(n)],[random_tokens(200, seed=1)]
+    return lm_dataloaders(*texts, tok='split', min_freq=1, bs=bs, seq_len=seq_len, device=device)
 
 @pytest.fixture
 def dls(): return small_dls()
@@ -52,5 +56,8 @@ def dynamo():
     yield
     torch._dynamo.reset()
 
-needs_compiler = pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='torch.compile needs a C++ compiler on a CPU')
-compiling = pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning') # raised inside torch's compiler
+compiler = shutil.which('g++') or shutil.which('clang++')
+needs_compiler = pytest.mark.skipif(not compiler, reason='torch.compile needs a C++ compiler on a CPU')
+# raised inside torch's compiler
+compiling = pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning',
+                                       'ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning')

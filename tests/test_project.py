@@ -1,34 +1,103 @@
-"""Pins the repository: notebooks clean, library and README.md in sync with them, pages that process, links that lead somewhere, a wheel that imports."""
-import ast, json, os, re, shutil, subprocess, sys, zipfile
+"""Pins the repository and its pages.
+
+The repository: notebooks clean, library and README.md in sync with them, floors of imports, documented parameters,
+a wheel that runs. Pages: processing, links, style, visible code that runs when it is copied, sources that are shown.
+"""
+import ast, dataclasses, importlib, inspect, json, os, re, shutil, subprocess, sys, zipfile
 from pathlib import Path
 import pytest, yaml
+from fastcore.docments import docments
 
 root = Path(__file__).parent.parent
 pages = sorted(p for p in (root/'nbs').rglob('*.ipynb') if not any(o[0] in '._' for o in p.relative_to(root).parts))
 names = [p.relative_to(root/'nbs').as_posix() for p in pages]
 
 def run(*cmd, cwd, **env):
+    "What Python prints"
     r = subprocess.run([sys.executable, *cmd], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True)
     assert r.returncode==0, r.stdout+r.stderr
+    return r.stdout
+
+# Pages are lists of cells
+
+def cells(page, kind=None):
+    "The cells of `page`, all or those of one kind"
+    return [c for c in json.loads(page.read_text())['cells'] if kind in (None, c['cell_type'])]
+
+def source(cell): return ''.join(cell['source'])
+
+def outputs(page): return [o for c in cells(page, 'code') for o in c['outputs']]
+
+def printed(output):
+    "What `output` is as plain text"
+    return ''.join(output.get('text', output.get('data', {}).get('text/plain', '')))
+
+def unfenced(text):
+    "Markdown without its blocks of code"
+    return re.sub(r'(?ms)^```.*?^```', '', text)
+
+def markdown(page): return '\n'.join(source(c) for c in cells(page, 'markdown'))
+
+# What does not hold yet, to be emptied
+
+not_yet = dict(
+    visible={'tutorials/switch.ipynb'},
+    headings={'05_awdlstm.ipynb', 'results/speed.ipynb', 'run/03_checkpoint.ipynb', 'run/04_distrib.ipynb',
+        'tutorials/switch.ipynb'},
+    code={'00_dropout.ipynb', '01_embeddings.ipynb', '02_schedules.ipynb', '03_anneal.ipynb', '04_loss.ipynb',
+        '05_awdlstm.ipynb', 'api.ipynb', 'index.ipynb', 'results/speed.ipynb', 'run/03_checkpoint.ipynb',
+        'run/04_distrib.ipynb', 'tutorials/switch.ipynb'},
+    output={'03_anneal.ipynb', 'results/speed.ipynb', 'run/01_corpus.ipynb', 'run/02_settings.ipynb',
+        'run/04_distrib.ipynb', 'run/05_folder.ipynb'},
+    files={'benchmarks/__init__.py', 'benchmarks/anneal.py', 'benchmarks/common.py', 'benchmarks/compile.py',
+        'benchmarks/lm_step.py', 'benchmarks/op.py', 'experiments/schedules.py', 'tests/run/embdrop_train.py',
+        'tests/run/ranks.py', 'tests/run/test_corpus.py', 'tests/run/test_distrib.py', 'tests/run/test_resume.py',
+        'tests/run/test_train.py', 'tests/test_anneal.py', 'tests/test_cuda.py', 'tests/test_defects.py',
+        'tests/test_draw.py', 'tests/test_dropout.py', 'tests/test_embeddings.py', 'tests/test_experiments.py',
+        'tests/test_learner.py', 'tests/test_live.py', 'tests/test_loss.py', 'tests/test_parity.py',
+        'tests/test_properties.py', 'tests/test_schedules.py', 'tests/test_soak.py'},
+    documented={'awdlstm', 'loss', 'run.checkpoint', 'run.distrib', 'run.train'},
+    shown={'05_awdlstm'},
+)
+
+# Copies where commands may write
 
 @pytest.fixture(scope='module')
 def copy(tmp_path_factory):
     "The project as it is here, in a folder where commands may write"
     dst = tmp_path_factory.mktemp('copy')/'project'
-    made = shutil.ignore_patterns('.git', '.venv', '_proc', '_docs', '*.egg-info', '__pycache__', '.*_cache', '.hypothesis', 'build', 'dist')
-    at_top = lambda folder, names: {'run'} if Path(folder)==root else set() # what `make train` writes, not the packages `run`
-    shutil.copytree(root, dst, ignore=lambda folder, names: {*made(folder, names), *at_top(folder, names)})
+    made = shutil.ignore_patterns('.git', '.venv', '_proc', '_docs', '*.egg-info', '__pycache__', '.*_cache',
+                                  '.hypothesis', 'build', 'dist')
+    def ignored(folder, names):
+        run_folder = {'run'} if Path(folder)==root else set() # what `make train` writes, not the packages `run`
+        return {*made(folder, names), *run_folder}
+    shutil.copytree(root, dst, ignore=ignored)
     return dst
 
+@pytest.fixture(scope='module')
+def processed(copy):
+    "The folder of the pages as nbdev processes them for the site"
+    code = """if True:
+        from nbdev.quarto import refresh_quarto_yml
+        from nbdev.serve import proc_nbs
+        refresh_quarto_yml()
+        proc_nbs(n_workers=2, force=True)"""
+    run('-c', code, cwd=copy)
+    return copy/'_proc'
+
 def differs(copy, pattern):
-    return [p.relative_to(copy).as_posix() for p in copy.glob(pattern) if not (q := root/p.relative_to(copy)).exists() or p.read_bytes()!=q.read_bytes()]
+    "Files of the copy that are not as in the project"
+    made = {p.relative_to(copy).as_posix():p for p in copy.glob(pattern)}
+    return [f for f,p in made.items() if not (root/f).exists() or p.read_bytes()!=(root/f).read_bytes()]
+
+# In sync
 
 def test_notebooks_clean(copy):
     run('-c', 'from nbdev.clean import nbdev_clean; nbdev_clean.__wrapped__()', cwd=copy)
     assert differs(copy, 'nbs/**/*.ipynb')==[], 'run `make export`'
 
 def test_library_in_sync(copy):
-    run('-c', 'from nbdev.export import nb_export; from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()', cwd=copy)
+    run('-c', 'from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()', cwd=copy)
     run('tools/order.py', cwd=copy)
     assert differs(copy, 'fastai_embdrop/**/*.py')+differs(copy, 'nbs/llms.txt')==[], 'run `make export`'
 
@@ -36,24 +105,38 @@ def test_readme_in_sync(copy):
     run('tools/readme.py', cwd=copy)
     assert differs(copy, 'README.md')+differs(copy, 'nbs/images/readme/*')==[], 'run `make readme`'
 
-def test_every_page_processes(copy):
-    run('-c', 'from nbdev.quarto import refresh_quarto_yml; from nbdev.serve import proc_nbs; refresh_quarto_yml(); proc_nbs(n_workers=2, force=True)', cwd=copy)
-    assert not [n for n in names if not (copy/'_proc'/n).exists()]
-    assert not [n for n in names if any(o.get('output_type')=='error' for c in json.loads((copy/'_proc'/n).read_text())['cells'] for o in c.get('outputs', []))]
-
-def test_headings_of_the_api_reach_the_contents(copy):
-    "Quarto leaves out the headings of cells with metadata of their own"
-    cells = json.loads((copy/'_proc/00_dropout.ipynb').read_text())['cells']
-    shown = [c for c in cells if 'output: asis' in ''.join(c['source'])]
-    assert shown and not [c for c in shown if c['metadata'].get('execution')]
-
 def test_the_sites_version():
     import fastai_embdrop
     assert f'text: "{fastai_embdrop.__version__}"' in (root/'nbs/_quarto.yml').read_text()
 
-def markdown(p): return '\n'.join(''.join(c['source']) for c in json.loads(p.read_text())['cells'] if c['cell_type']=='markdown')
+# Processed pages
 
-@pytest.mark.parametrize('page', [*pages, root/'README.md', root/'CONTRIBUTING.md', root/'CHANGELOG.md', root/'SECURITY.md'], ids=lambda p: p.name)
+def test_every_page_processes(processed):
+    assert not [n for n in names if not (processed/n).exists()]
+    assert not [n for n in names for o in outputs(processed/n) if o['output_type']=='error']
+
+def test_headings_of_the_api_reach_the_contents(processed):
+    "Quarto leaves out the headings of cells with metadata of their own"
+    shown = [c for c in cells(processed/'00_dropout.ipynb', 'code') if 'output: asis' in source(c)]
+    assert shown and not [c for c in shown if c['metadata'].get('execution')]
+
+@pytest.mark.parametrize('name', ['00_dropout', '03_anneal', '05_awdlstm'])
+def test_the_site_shows_the_source(processed, name):
+    "Of every class of the module and of what is patched into it"
+    module = (root/'fastai_embdrop'/f"{name[3:]}.py").read_text()
+    shown = '\n'.join(source(c) for c in cells(processed/f'{name}.ipynb', 'code'))
+    defined = re.findall(r'^(?:class \w+|@patch.*\ndef \w+\(self:\w+)', module, re.M)
+    assert defined and not [d for d in defined if d not in shown] or name in not_yet['shown']
+
+def test_visible_cells_run_when_copied(processed):
+    copied = [n for n in names if n.startswith('tutorials/') or n in ('explain.ipynb', 'index.ipynb')]
+    ready = [processed/n for n in copied if n not in not_yet['visible']]
+    run('tools/visible.py', *ready, cwd=root, PYTHONPATH=str(root))
+
+# What a page is
+
+texts = [*pages, *(root/f'{o}.md' for o in ('README', 'CONTRIBUTING', 'CHANGELOG', 'SECURITY'))]
+@pytest.mark.parametrize('page', texts, ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
     text = markdown(page) if page.suffix=='.ipynb' else page.read_text()
     links = [l.split('#')[0] for l in re.findall(r'\]\((?!https?:|#|mailto:)([^)\s]+)\)', text)]
@@ -61,15 +144,33 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize('page', pages, ids=names)
 def test_page_style(page):
-    cells = json.loads(page.read_text())['cells']
-    assert len(cells) < 60
-    assert re.match(r'# .+\n+> .+', next(''.join(c['source']) for c in cells if c['cell_type']=='markdown'))
-    assert not [c for c in cells for o in c.get('outputs', []) if o['output_type']=='error' or o.get('name')=='stderr'], 'no warnings, whose paths are those of a machine'
-    assert any(c.get('outputs') for c in cells), 'outputs are saved'
-    figures = [c for c in cells if any('image/png' in o.get('data', {}) for o in c.get('outputs', []))]
-    assert not [c['id'] for c in figures if 'fig-alt:' not in ''.join(c['source'])], 'alt text on every figure'
-    for line in re.findall(r'^#\|(.*:.*)$', '\n'.join(''.join(c['source']) for c in cells if c['cell_type']=='code'), re.M):
+    assert len(cells(page)) < 60
+    assert re.match(r'# .+\n+> .+', source(cells(page, 'markdown')[0]))
+    assert not [o for o in outputs(page) if o['output_type']=='error']
+    assert not [o for o in outputs(page) if o.get('name')=='stderr'], 'no warnings, whose paths are those of a machine'
+    assert outputs(page), 'outputs are saved'
+    code = cells(page, 'code')
+    figures = [c for c in code if any('image/png' in o.get('data', {}) for o in c['outputs'])]
+    assert not [c['id'] for c in figures if 'fig-alt:' not in source(c)], 'alt text on every figure'
+    for line in re.findall(r'^#\|(.*:.*)$', '\n'.join(map(source, code)), re.M):
         assert isinstance(yaml.safe_load(line), dict), 'what Quarto reads is YAML'
+
+@pytest.mark.parametrize('page', pages, ids=names)
+def test_style_of_headings_and_lines(page):
+    name = page.relative_to(root/'nbs').as_posix()
+    headed = [s for s in map(source, cells(page, 'markdown')) if re.search(r'^#+ ', unfenced(s), re.M)]
+    crowded = [s for s in headed if not re.fullmatch(r'#+ .+(\n+> .+)?', s.strip())]
+    assert not crowded or name in not_yet['headings'], 'each heading has a cell of its own'
+    long = [l for c in cells(page, 'code') for l in source(c).splitlines() if len(l)>120 and not l.startswith('#|')]
+    assert not long or name in not_yet['code'], 'lines of code have 120 characters at most'
+    wide = [l for o in outputs(page) for l in printed(o).splitlines() if len(l)>160]
+    assert not wide or name in not_yet['output'], 'lines of output have 160 characters at most'
+
+written = [p for d in ('tests','tools','benchmarks','experiments') for p in sorted((root/d).rglob('*.py'))]
+@pytest.mark.parametrize('file', written, ids=lambda p: p.relative_to(root).as_posix())
+def test_style_of_files(file):
+    long = [l for l in file.read_text().splitlines() if len(l)>120]
+    assert not long or file.relative_to(root).as_posix() in not_yet['files']
 
 def test_tests_named_on_the_page_of_differences_exist():
     named = re.findall(r'blob/main/(tests/[\w/]+\.py) "(\w+)"', markdown(root/'nbs/differences.ipynb'))
@@ -78,34 +179,59 @@ def test_tests_named_on_the_page_of_differences_exist():
     assert len(named)>10 and {*named} <= defined
 
 def test_a_clone_holds_the_training_command():
-    files = subprocess.run(['git', 'ls-files', '--cached', '--others', '--exclude-standard'], cwd=root, capture_output=True, text=True).stdout.split()
+    listing = ['git', 'ls-files', '--cached', '--others', '--exclude-standard']
+    files = subprocess.run(listing, cwd=root, capture_output=True, text=True).stdout.split()
     if not files: pytest.skip('no git checkout')
-    assert {'fastai_embdrop/run/__init__.py', 'fastai_embdrop/run/train.py', 'nbs/run/06_train.ipynb', 'tests/run/test_train.py'} <= {*files}
+    package = {f'fastai_embdrop/run/{o}.py' for o in ('__init__','files','train')}
+    assert package | {'nbs/run/06_train.ipynb', 'tests/run/test_train.py'} <= {*files}
 
-core = 'dropout','embeddings','schedules','anneal','loss','awdlstm','adapt' # each may import those before it
+# Floors: each module may import those before it
+
+core = 'dropout','embeddings','schedules','anneal','loss','awdlstm','adapt'
 above = 'run.files','run.corpus','run.settings','run.checkpoint','run.distrib','run.folder','run.train'
+package = root/'fastai_embdrop'
+made = {p.relative_to(package).with_suffix('').as_posix().replace('/', '.'):p for p in package.rglob('*.py')}
+floors = [o for o in core+above if o in made]
 
 def imported(module):
     "The modules of ours that `module` imports anywhere in its code"
-    src = (root/'fastai_embdrop'/f"{module.replace('.', '/')}.py").read_text()
-    package = ['fastai_embdrop', *module.split('.')[:-1]]
+    parent = ['fastai_embdrop', *module.split('.')[:-1]]
     found = []
-    for node in ast.walk(ast.parse(src)):
+    for node in ast.walk(ast.parse(made[module].read_text())):
         if isinstance(node, ast.Import): found += [o.name for o in node.names]
         if isinstance(node, ast.ImportFrom):
-            base = package[:len(package)-node.level+1] if node.level else []
-            found.append('.'.join([*base, *([node.module] if node.module else [])]))
+            base = parent[:len(parent)-node.level+1] if node.level else []
+            found.append('.'.join([*base, node.module or '']))
     return {o.removeprefix('fastai_embdrop.') for o in found if o.startswith('fastai_embdrop.')}
 
-floors = [*core, *above]
 @pytest.mark.parametrize('module', floors)
-def test_nobody_imports_upward(module):
-    if not (root/'fastai_embdrop'/f"{module.replace('.', '/')}.py").exists(): pytest.skip(f'no {module} yet')
-    assert imported(module) <= set(floors[:floors.index(module)])
+def test_nobody_imports_upward(module): assert imported(module) <= set(floors[:floors.index(module)])
 
 def test_every_module_has_its_floor():
-    made = {p.relative_to(root/'fastai_embdrop').with_suffix('').as_posix().replace('/', '.') for p in (root/'fastai_embdrop').rglob('*.py')}
-    assert made - {'__init__', 'run.__init__', '_modidx', '_docs', 'all'} <= set(floors)
+    assert set(made) - {'__init__', 'run.__init__', '_modidx', '_docs', 'all'} == set(floors)
+
+# Names
+
+def functions(obj):
+    "A function, or the public methods of a class and what makes it; its fields make a dataclass"
+    if not inspect.isclass(obj): return [obj]
+    own = [f for f in vars(obj).values() if inspect.isfunction(f) and (f.__name__=='__init__' or f.__name__[0]!='_')]
+    return [obj if dataclasses.is_dataclass(obj) and f.__name__=='__init__' else f for f in own]
+
+def parameters(f):
+    "What `f` names itself: not what it delegates to"
+    if inspect.isclass(f): return [field.name for field in dataclasses.fields(f)]
+    return [o for o in f.__code__.co_varnames[:f.__code__.co_argcount+f.__code__.co_kwonlyargcount] if o!='self']
+
+@pytest.mark.parametrize('module', floors)
+def test_every_parameter_is_documented(module):
+    mod = importlib.import_module(f'fastai_embdrop.{module}')
+    public = [getattr(mod, o) for o in mod.__all__]
+    documented = [f for obj in public if inspect.isclass(obj) or inspect.isfunction(obj) for f in functions(obj)]
+    missing = [(f.__qualname__, o) for f in documented for o in parameters(f) if not docments(f).get(o)]
+    assert not missing or module in not_yet['documented']
+
+# Imports
 
 def test_dropout_needs_torch_alone():
     run('-c', 'import fastai_embdrop.dropout, sys; assert "fastai" not in sys.modules', cwd=root)
@@ -122,5 +248,7 @@ def test_wheel(copy, tmp_path):
     assert {f'fastai_embdrop/run/{m}.py' for m in ('__init__','files','train')} <= set(files)
     assert {n.split('/')[0] for n in files}=={'fastai_embdrop', f'{wheel.name.split("-py3")[0]}.dist-info'}
     run('-m', 'pip', 'install', '--no-deps', '--target', tmp_path/'site', wheel, cwd=tmp_path)
-    code = 'import sys; sys.modules["accelerate"] = None; import fastai_embdrop.all as m; assert m.__file__.startswith(r"%s"), m.__file__; m.EmbeddingDropout, m.AnnealEmbedP' % (tmp_path/'site')
-    run('-c', code, cwd=tmp_path, PYTHONPATH=str(tmp_path/'site'))
+    code = 'import sys; sys.modules["accelerate"] = None; import fastai_embdrop.all as m; print(m.__file__)'
+    there = dict(cwd=tmp_path, PYTHONPATH=str(tmp_path/'site'))
+    assert run('-c', code, **there).strip()==str(tmp_path/'site/fastai_embdrop/all.py')
+    assert str(tmp_path/'site') in run(root/'tools/first_example.py', **there)

@@ -2,7 +2,8 @@
 import os, sys
 from functools import partial
 from pathlib import Path
-import fastai.text.all, hypothesis, pytest, scipy.stats, torch._dynamo, torch.distributed.tensor # what the tests import, once for all forks
+# what the tests import, once for all forks
+import fastai.text.all, hypothesis, pytest, scipy.stats, torch._dynamo, torch.distributed.tensor
 from forks import forks
 
 os.chdir(Path(__file__).parent.parent)
@@ -16,8 +17,9 @@ def ids(args):
 
 def main(args):
     tests = ids(args)
-    failed = [(name, out) for name,status,out in forks({o:partial(run, o) for o in tests}, os.cpu_count()) if status]
-    for name,out in failed: print(name, out, sep='\n')
+    jobs = {test:partial(run, test) for test in tests}
+    failed = [(test, out) for test,status,out in forks(jobs, os.cpu_count()) if status]
+    for test,out in failed: print(test, out, sep='\n')
     print(f'alone: {len(tests)} tests, {len(tests)-len(failed)} passed or were skipped')
     return bool(failed)
 

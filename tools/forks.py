@@ -1,16 +1,19 @@
 "Functions run in forks of one process, so that what takes seconds to import is imported once."
 import gc, os, signal, sys, tempfile, traceback
 from contextlib import suppress
-os.environ |= dict(MPLBACKEND='agg', PYTEST_DISABLE_PLUGIN_AUTOLOAD='1') # no window; and pytest's plugins may have been imported here already
+# no window; and pytest's plugins may have been imported here already
+os.environ |= dict(MPLBACKEND='agg', PYTEST_DISABLE_PLUGIN_AUTOLOAD='1')
 
 def fork(f, limit):
-    "Start `f`, which returns an exit status, in a fork that lives `limit` seconds at most: its id and the file of what it prints"
+    "Start `f`, which returns an exit status, in a fork for `limit` seconds at most: its id and the file it prints to"
     out = tempfile.TemporaryFile('w+', errors='replace')
     sys.stdout.flush()
-    if pid := os.fork(): return pid,out
+    pid = os.fork()
+    if pid: return pid,out
     os.setpgrp() # a group of its own, to end what it leaves behind
     signal.alarm(limit)
-    for fd in 1,2: os.dup2(out.fileno(), fd)
+    os.dup2(out.fileno(), 1)
+    os.dup2(out.fileno(), 2)
     status = 70
     try: status = f()
     except BaseException: traceback.print_exc()

@@ -1,6 +1,6 @@
-"""Bring what nbdev-export writes into the order of the sidebar: the modules in the package's docstring, and nbs/llms.txt.
+"""Bring what nbdev-export writes into the sidebar's order: the modules in the package's docstring, and nbs/llms.txt.
 
-`python tools/order.py` is part of `make export`. The sidebar (nbs/sidebar.yml) is the one place where the order is written down.
+`python tools/order.py` is part of `make export`. The order is written down in one place, nbs/sidebar.yml.
 """
 import json, re
 from pathlib import Path

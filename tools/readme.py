@@ -25,7 +25,8 @@ def readme():
     refresh_quarto_yml()
     nb,figs = nbformat.read(proc_nbs(file_glob='index.ipynb')/'index.ipynb', 4),[]
     for c in (c for c in nb.cells if c.cell_type=='code'):
-        if any('image/png' in o.get('data', {}) for o in c.outputs): figs.append([directive(c.source, k) for k in ('fig-alt','fig-cap')])
+        has_figure = any('image/png' in o.get('data', {}) for o in c.outputs)
+        if has_figure: figs.append([directive(c.source, k) for k in ('fig-alt','fig-cap')])
         if directive(c.source, 'echo')=='false': c.metadata['tags'] = ['no-input']
         c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
     nb.metadata['language_info'] = dict(name='python')
@@ -33,7 +34,9 @@ def readme():
     exporter.register_preprocessor('nbconvert.preprocessors.TagRemovePreprocessor', enabled=True)
     exporter._preprocessors[-1].remove_input_tags = {'no-input'}
     text,res = exporter.from_notebook_node(nb, dict(output_files_dir=images, unique_key='figure'))
-    for alt,cap in figs: text = re.sub(r'!\[png\]\((.*?)\)', lambda m: f'![{alt}]({m[1]})' + f'\n\n*{cap}*'*bool(cap), text, count=1)
+    for alt,cap in figs:
+        caption = f'\n\n*{cap}*' if cap else ''
+        text = re.sub(r'!\[png\]\((.*?)\)', lambda m: f'![{alt}]({m[1]}){caption}', text, count=1)
     text = re.sub(r'\]\(([\w/]+\.ipynb)\)', lambda m: f']({url(m[1])})', text)
     text = re.sub(r'(?s)<style scoped>.*?</style>\n', '', text)
     cfg = get_config()
