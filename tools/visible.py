@@ -9,7 +9,8 @@ from pathlib import Path
 import fastai.text.all
 from forks import forks
 
-sys.modules.setdefault('torchvision', None) # it does not import beside torch's CPU build, and transformers does without it
+# torchvision does not import beside torch's CPU build, and transformers does without it
+sys.modules.setdefault('torchvision', None)
 
 unseen = re.compile(r'^#\|\s*(echo|eval|include):\s*false', re.M)
 
