@@ -200,7 +200,7 @@ def imported(module):
         if isinstance(node, ast.Import): found += [o.name for o in node.names]
         if isinstance(node, ast.ImportFrom):
             base = parent[:len(parent)-node.level+1] if node.level else []
-            found.append('.'.join([*base, node.module or '']))
+            found.append('.'.join(filter(None, [*base, node.module])))
     return {o.removeprefix('fastai_embdrop.') for o in found if o.startswith('fastai_embdrop.')}
 
 @pytest.mark.parametrize('module', floors)
