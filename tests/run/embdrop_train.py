@@ -6,7 +6,8 @@ from fastai_embdrop.run.train import main
 
 class Killed(Callback):
     def before_batch(self):
-        if rank_distrib() and self.training and self.train_iter==int(os.environ['KILL_AT']): os.kill(os.getpid(), signal.SIGKILL)
+        due = self.training and self.train_iter==int(os.environ['KILL_AT'])
+        if due and rank_distrib()==1: os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__=='__main__':
     defaults.callbacks.append(Killed)

@@ -1,4 +1,4 @@
-"What each process of tests/test_distrib.py does; `torchrun` starts it with the folder to write its results to."
+"What each process of tests/run/test_distrib.py does; `torchrun` starts it with the folder to write its results to."
 import random, sys
 import torch
 from fastai.callback.core import Callback
@@ -12,7 +12,8 @@ from conftest import SMALL, random_tokens
 
 def dls(bs):
     "Thirty texts, whose order matters; an odd number of batches for 2 x 4 rows and for 8"
-    return lm_dataloaders([random_tokens(27, i) for i in range(30)], [random_tokens(101, 99)], tok='split', min_freq=1, bs=bs, seq_len=6, device='cpu')
+    train,valid = [random_tokens(27, i) for i in range(30)],[random_tokens(101, 99)]
+    return lm_dataloaders(train, valid, tok='split', min_freq=1, bs=bs, seq_len=6, device='cpu')
 
 class Seen(Callback):
     "The ids that were read, `embed_p` and the words that were dropped, batch by batch"
@@ -23,7 +24,9 @@ class Seen(Callback):
     def _look(self, m, inp, out):
         if not self.training: return
         words = inp[0].as_subclass(torch.Tensor)
-        self.read.append(words.clone()), self.ps.append(m.embed_p), self.dropped.append(set(words[(out==0).all(-1)].tolist()))
+        self.read.append(words.clone())
+        self.ps.append(m.embed_p)
+        self.dropped.append(set(words[(out==0).all(-1)].tolist()))
     def after_fit(self): self.hook.remove()
 
 def weights(learn): return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
@@ -31,9 +34,11 @@ def weights(learn): return torch.cat([p.detach().flatten() for p in learn.model.
 def dropped_out(ctx):
     "50 steps with every kind of dropout, begun with other weights, order and seed on each rank"
     set_seed(rank_distrib())
-    learn,seen = awd_lstm_learner(dls(4), {**SMALL, 'embed_p':.5}, metrics=[perplexity, accuracy]),Seen()
+    learn = awd_lstm_learner(dls(4), {**SMALL, 'embed_p':.5}, metrics=[perplexity, accuracy])
+    seen = Seen()
     with ctx(learn), learn.no_logging(): learn.fit(3, 1e-2, cbs=[AnnealEmbedP(.6, .1), seen])
-    return dict(steps=learn.train_iter, read=seen.read, ps=seen.ps, dropped=seen.dropped, weights=weights(learn), values=list(learn.recorder.values))
+    return dict(steps=learn.train_iter, read=seen.read, ps=seen.ps, dropped=seen.dropped, weights=weights(learn),
+                values=list(learn.recorder.values))
 
 def without_dropout(ctx, bs=4):
     "A fit that one process can repeat with twice the rows, and a validation after it"
@@ -42,7 +47,8 @@ def without_dropout(ctx, bs=4):
     with ctx(learn), learn.no_logging(), learn.no_bar():
         random.seed(5)
         learn.fit(1, 1e-2)
-        return dict(hidden=learn.no_logits.on, weights=weights(learn), values=list(learn.recorder.values), validated=list(learn.validate()))
+        return dict(hidden=learn.no_logits.on, weights=weights(learn), values=list(learn.recorder.values),
+                    validated=list(learn.validate()))
 
 def held(ctx):
     "The seed of a mask that is held over a fit"

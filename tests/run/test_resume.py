@@ -1,4 +1,4 @@
-"""Pins that a run which was broken off ends as one that was not, to the bit: killed at any time, with torn files, full disks and signals.
+"""Pins that a run which was broken off ends as one that was not, to the bit: kills, torn files, full disks, signals.
 
 EMBDROP_KILLS (5) is how often `test_killed_at_any_time` kills. Fits of other kinds are in test_checkpoint.py."""
 import json, multiprocessing, os, pickle, random, shutil, signal, subprocess, sys, threading, time
@@ -19,7 +19,8 @@ new,prev = checkpoint_files
 def same_run(a, b):
     "Do two finished runs differ in nothing but `out`, `save_every` and the time they took?"
     assert sorted(os.listdir(a))==sorted(os.listdir(b))==sorted(run_files)
-    for f in 'model.pth','vocab.json','sample.txt','losses.png','schedule.png': assert (a/f).read_bytes()==(b/f).read_bytes(), f
+    for f in 'model.pth','vocab.json','sample.txt','losses.png','schedule.png':
+        assert (a/f).read_bytes()==(b/f).read_bytes(), f
     hists = [pd.read_csv(o/'history.csv').drop(columns='time') for o in (a,b)]
     assert hists[0].equals(hists[1]) and len(hists[0])==TINY['epochs']
     cfgs = [json.loads((o/'config.json').read_text()) for o in (a,b)]
@@ -80,7 +81,8 @@ def test_a_begun_run_is_not_overwritten_unasked(capsys, whole, args, broken):
     assert main([*args, '--overwrite']) is None
     same_run(whole, broken)
 
-@pytest.mark.parametrize('where', ['fastai_embdrop.run.train.save_run', 'fastai_embdrop.run.folder._save_plot', 'fastai.text.all.LMLearner.predict'])
+@pytest.mark.parametrize('where', ['fastai_embdrop.run.train.save_run', 'fastai_embdrop.run.folder._save_plot',
+                                   'fastai.text.all.LMLearner.predict'])
 def test_broken_while_the_files_are_written(whole, args, tmp_path, monkeypatch, where):
     with monkeypatch.context() as m:
         m.setattr(where, raises(RuntimeError('broken')))
@@ -90,8 +92,10 @@ def test_broken_while_the_files_are_written(whole, args, tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize('n', [1,2,3])
 def test_broken_between_renames(whole, args, tmp_path, monkeypatch, n):
-    left,real = [None]*(n-1),os.replace
-    def replace(a, b): left.pop() if left else raises(RuntimeError('broken'))(); real(a, b)
+    left,real = iter(range(n-1)),os.replace
+    def replace(a, b):
+        if next(left, None) is None: raise RuntimeError('broken')
+        real(a, b)
     with monkeypatch.context() as m:
         m.setattr(os, 'replace', replace)
         with pytest.raises(RuntimeError, match='broken'): main(args)
@@ -110,7 +114,8 @@ def test_a_finished_run_is_left_alone(capsys, whole, text, tmp_path):
     assert stamps()==before and not (out/'lock').exists()
     assert 'holds a run; --overwrite' in fails(capsys, *args[:-1])
 
-@pytest.mark.parametrize('key,value,msg', [('lr',.02,'lr: 0.01 -> 0.02'), ('seed',1,'seed: 42 -> 1'), ('bs',8,'bs: 4 -> 8'), ('max_words',500,'text: ')])
+@pytest.mark.parametrize('key,value,msg', [('lr',.02,'lr: 0.01 -> 0.02'), ('seed',1,'seed: 42 -> 1'),
+                                           ('bs',8,'bs: 4 -> 8'), ('max_words',500,'text: ')])
 def test_changed_settings_are_refused(capsys, args, broken, key, value, msg):
     old = (broken/new).read_bytes()
     assert msg in fails(capsys, *args, '--resume', f'--{key}', value)
@@ -127,7 +132,8 @@ def test_other_versions_warn(capsys, args, broken, monkeypatch):
     monkeypatch.setattr('fastai_embdrop.run.train.__version__', '9.9')
     main([*args, '--resume'])
     err = capsys.readouterr().err
-    assert err.startswith('embdrop-train: the result may differ') and 'fastai_embdrop: 0.1.0 -> 9.9' in err and err.count('\n')==1
+    assert err.startswith('embdrop-train: the result may differ')
+    assert 'fastai_embdrop: 0.1.0 -> 9.9' in err and err.count('\n')==1
 
 # Files
 
@@ -170,8 +176,9 @@ def test_no_more_can_be_written(capsys, whole, args, hook, tmp_path, block, msg)
     same_run(whole, out)
 
 def test_disk_full_at_the_end(capsys, whole, args, tmp_path, monkeypatch):
+    full = raises(OSError(28, 'No space left on device'))
     with monkeypatch.context() as m:
-        m.setattr('fastai_embdrop.run.folder.write_atomic', lambda path, write: write_atomic(path, raises(OSError(28, 'No space left on device'))))
+        m.setattr('fastai_embdrop.run.folder.write_atomic', lambda path, write: write_atomic(path, full))
         assert fails(capsys, *args).endswith('schedule.png: cannot be written (No space left on device)\n')
     assert main([*args, '--resume']) is None
     same_run(whole, tmp_path/'run')
@@ -209,7 +216,8 @@ def test_handlers_are_given_back(args):
 
 def test_runs_outside_of_the_main_thread(whole, args, tmp_path):
     t = threading.Thread(target=main, args=(args,))
-    t.start(); t.join()
+    t.start()
+    t.join()
     same_run(whole, tmp_path/'run')
 
 # Processes
@@ -221,7 +229,8 @@ def test_the_lock(capsys, args, broken):
 
 def command(args):
     code = 'import sys; from fastai_embdrop.run.train import main; sys.exit(main())'
-    return subprocess.Popen([sys.executable, '-c', code, *args], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    cmd = [sys.executable, '-c', code, *args]
+    return subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 @pytest.fixture(scope='module')
 def start(text):
@@ -240,10 +249,13 @@ def start(text):
 def test_the_command_refuses_company_and_ends_at_a_checkpoint(capsys, args, tmp_path):
     out,args = tmp_path/'run',[*args, '--epochs', '1000']
     p = command(args)
-    while not (out/prev).exists(): assert p.poll() is None; time.sleep(.01)
+    while not (out/prev).exists():
+        assert p.poll() is None
+        time.sleep(.01)
     assert fails(capsys, *args, '--resume')==f'embdrop-train: {out}: process {p.pid} is writing there\n'
     p.terminate()
-    assert p.communicate()[1]=='' and p.returncode==143 and sorted(os.listdir(out)) in (sorted(checkpoint_files), sorted([*checkpoint_files, 'history.csv']))
+    assert p.communicate()[1]=='' and p.returncode==143
+    assert {*checkpoint_files} <= {*os.listdir(out)} <= {*checkpoint_files, 'history.csv'}
     assert last_checkpoint(out)['train_iter']>4
 
 def test_killed_at_any_time(start, tmp_path, capsys):
@@ -253,12 +265,14 @@ def test_killed_at_any_time(start, tmp_path, capsys):
         assert p.exitcode==0
         return time.time()-t
     wait(tmp_path/'warm')
-    took,ref,out,kills,ends = wait(tmp_path/'whole'),tmp_path/'whole',tmp_path/'run',0,0
+    ref,out = tmp_path/'whole',tmp_path/'run'
+    took,kills,ends = wait(ref),0,0
     while kills<KILLS:
         p = start(out)
         p.join(random.uniform(0, took))
         if p.is_alive():
-            p.kill(); p.join()
+            p.kill()
+            p.join()
             kills += 1
         else:
             same_run(ref, out)
