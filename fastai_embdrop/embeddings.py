@@ -74,12 +74,12 @@ def _drop_rows(emb, args, kwargs, res):
     return res if mask is None else res*mask
 
 def _hook(emb, embed_p, per):
-    "Give `emb` row dropout, or another one if it has one"
-    old = getattr(emb, 'row_dropout', None)
+    "Give `emb` row dropout, in place of the one that it may have"
+    if hasattr(emb, 'row_dropout'): _unhook(emb)
     emb.row_dropout = RowDropout(embed_p, per, False, emb.weight).train(emb.training)
-    handles = old._handles if old else [emb.register_forward_pre_hook(_check_first, with_kwargs=True),
-                                        emb.register_forward_hook(_drop_rows, with_kwargs=True, prepend=True)]
-    emb.row_dropout._handles = handles
+    pre = emb.register_forward_pre_hook(_check_first, with_kwargs=True)
+    post = emb.register_forward_hook(_drop_rows, with_kwargs=True, prepend=True)
+    emb.row_dropout._handles = pre,post # kept by the child, so that copies and pickles can remove theirs
     return emb.row_dropout
 
 # %% ../nbs/01_embeddings.ipynb #aec1ae8a
