@@ -90,7 +90,7 @@ def check_keys(
     keys, # Names of settings
     source:str|Path # Where they are from
 )->None:
-    "A `ValueError` that names `source` and a key that is no setting; an old name is answered with its new one"
+    "A `ValueError` names `source` and a key that is no setting, and for an old name the new one"
     known = {f.name for f in fields(Settings)}
     for k in keys:
         if k in _renamed: raise ValueError(f'{source}: {k} is called {_renamed[k]} now')
