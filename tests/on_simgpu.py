@@ -9,6 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 from fastai.callback.core import Callback
+from fastai.callback.training import GradientAccumulation
 from fastai.text.all import AWD_LSTM as FastaiAWD_LSTM, Perplexity, SchedLin, language_model_learner, set_seed
 from fastai.text.models.awdlstm import awd_lstm_lm_config as fastais_config
 from fastai.text.models.core import get_text_classifier
@@ -267,13 +268,15 @@ def test_checkpoint_copies_each_tensor_once(tmp_path, fastais):
     check_checkpoint(Checkpoint, tmp_path, fastais)
     with pytest.raises(AssertionError, match='self.loss.item'): check_checkpoint(WaitsAtEachBatch, tmp_path, fastais)
 
+class Stop(Callback):
+    "Breaks a fit off after training batch `n`"
+    order = 2000
+    def __init__(self, n): self.breaks = lambda i: i==n
+    def after_batch(self):
+        if self.training and self.breaks(self.train_iter): raise KeyboardInterrupt
+
 def test_resumed_fit(tmp_path):
-    class KillAt(Callback):
-        order = 2000
-        def __init__(self, n): self.n = n
-        def after_batch(self):
-            if self.train_iter==self.n: raise KeyboardInterrupt
-    cbs = lambda state=None, kill_at=0: [AnnealEmbedP(.5, .05), Checkpoint(tmp_path, 5, state), KillAt(kill_at)]
+    cbs = lambda state=None, kill_at=0: [AnnealEmbedP(.5, .05), Checkpoint(tmp_path, 5, state), Stop(kill_at)]
     whole,_ = fit(cbs=cbs)
     with pytest.raises(KeyboardInterrupt): fit(cbs=lambda: cbs(kill_at=5))
     state = last_checkpoint(tmp_path)
@@ -283,6 +286,36 @@ def test_resumed_fit(tmp_path):
     moments = [t for s in resumed.opt.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
     assert moments and all(t.device==card for t in moments)
     assert not [l for k,l in asked if k=='read' and 'fastai_embdrop' in l]
+
+class Sums(Callback):
+    "Keeps a tensor on the card"
+    def before_fit(self): self.total = None
+    def after_batch(self):
+        loss = self.learn.loss_grad.detach()
+        self.total = loss if self.total is None else self.total+loss
+
+def test_what_the_ranks_exchange_is_on_the_cpu(tmp_path, monkeypatch):
+    "Pickled, a card's tensor would come back on that same card in every process"
+    sent = []
+    def gather(res, o):
+        sent.append(o)
+        res[:] = [o]*len(res)
+    cbs = lambda: [Sums(), GradientAccumulation(12), Checkpoint(tmp_path, 5)]
+    with monkeypatch.context() as m:
+        m.setattr('fastai_embdrop.run.checkpoint.num_distrib', lambda: 2)
+        m.setattr(torch.distributed, 'all_gather_object', gather)
+        fit(cbs=cbs)
+    leaves = [t for t in tree_leaves(sent) if isinstance(t, torch.Tensor)]
+    assert len(leaves) > 20 and not [t for t in leaves if isinstance(t, SimTensor)]
+
+def test_state_comes_back_on_the_device_where_it_was(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fit(cbs=lambda: [Sums(), GradientAccumulation(12), Checkpoint(tmp_path, 5), Stop(6)])
+    state,sums = last_checkpoint(tmp_path),Sums()
+    fit(cbs=lambda: [sums, GradientAccumulation(12), Checkpoint(tmp_path, 5, state), Stop(0)])
+    whole = Sums()
+    fit(cbs=lambda: [whole, GradientAccumulation(12), Checkpoint(tmp_path/'whole', 5), Stop(0)])
+    assert sums.total.device==whole.total.device==card and torch.equal(on_host(sums.total), on_host(whole.total))
 
 def test_load_run(tmp_path):
     (tmp_path/'t.txt').write_text(' '.join(random_tokens(1500)))

@@ -6,10 +6,9 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from datetime import date
 from io import BytesIO
 from pathlib import Path
-import numpy as np, pytest, simgpu, torch
+import numpy as np, pytest, torch
 from hypothesis import given, strategies as st
 from torch import nn
-from torch.utils._pytree import tree_leaves
 from fastai.basics import (Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, L, Learner, OptimWrapper, accuracy,
                            mse, set_seed)
 from fastai.callback.fp16 import MixedPrecision
@@ -17,6 +16,7 @@ from fastai.callback.mixup import MixUp
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback, TerminateOnNaNCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai_embdrop.adapt import AdaptEmbedP
 from fastai_embdrop.anneal import AnnealEmbedP, DropoutScheduler
 from fastai_embdrop.awdlstm import awd_lstm_learner
 from fastai_embdrop.run.checkpoint import (CSVHistory, Checkpoint, checkpoint_files, from_plain, last_checkpoint,
@@ -59,6 +59,12 @@ def tuned():
     "Two fits of the same size in one call, and a schedule over both"
     learn,sched = awd_lstm_learner(small_dls(200), SMALL),AnnealEmbedP(.5, .05, epochs=2)
     return lambda cbs: learn.fine_tune(1, 1e-2, cbs=[*cbs, sched]), learn
+
+def adapted():
+    "`embed_p` follows measurements that a callback keeps"
+    learn = awd_lstm_learner(small_dls(200), SMALL)
+    rule = lambda history: .05 + len(history)/40 + history[-1][2]%.01
+    return lambda cbs: learn.fit(2, 1e-2, cbs=[*cbs, AdaptEmbedP(rule=rule)]), learn
 
 def accumulated():
     "A step after every third batch; an epoch is no multiple of that"
@@ -146,7 +152,7 @@ def assert_alike(a, b):
         for x,y in zip(a, b): assert_alike(x, y)
     else: assert a==b or (a!=a and b!=b)
 
-kinds = [lm, documents, constant, tuned, accumulated, sparse, regression, various]
+kinds = [lm, documents, constant, tuned, adapted, accumulated, sparse, regression, various]
 
 @pytest.mark.parametrize('make', kinds)
 def test_resumed_at_every_batch(make, tmp_path, monkeypatch):
@@ -364,32 +370,6 @@ def test_generators_of_cards_that_are_gone(tmp_path, monkeypatch):
         cards = min(n, 3)
         assert [i for i,_ in restored]==2*list(range(cards)), 'before the batches that are skipped, and after them'
         assert all(torch.equal(s, states[i]) for i,s in restored)
-
-@pytest.mark.skipif(bool(simgpu.missing), reason=str(simgpu.missing))
-def test_what_the_ranks_exchange_is_on_the_cpu(tmp_path, monkeypatch):
-    "Pickled, a card's tensor would come back on that same card in every process"
-    sent = []
-    def gather(res, o):
-        sent.append(o)
-        res[:] = [o]*len(res)
-    class Sums(Callback):
-        def before_fit(self): self.total = torch.zeros(2, device=simgpu.device)
-        def after_batch(self): self.total += self.learn.loss_grad.detach()
-    def fit(state=None):
-        learn = awd_lstm_learner(small_dls(200, device=simgpu.device), SMALL)
-        learn.fit(1, cbs=[Sums(), GradientAccumulation(12), Checkpoint(tmp_path, 2, state)])
-        return learn
-    with simgpu.simulated():
-        with monkeypatch.context() as m:
-            m.setattr('fastai_embdrop.run.checkpoint.num_distrib', lambda: 2)
-            m.setattr(torch.distributed, 'all_gather_object', gather)
-            fit()
-        leaves = [t for o in sent for t in tree_leaves(o) if isinstance(t, torch.Tensor)]
-        assert len(leaves) > 20 and {t.device.type for t in leaves}=={'cpu'}
-        fit() # of one process
-        state = last_checkpoint(tmp_path)
-        learn = fit(state)
-        assert learn.model[0].hidden[0][0].device.type==simgpu.device.type
 
 # Files
 
