@@ -11,17 +11,18 @@ __all__ = ['awd_lstm_lm_config', 'awd_lstm_clas_config', 'RNNDropout', 'WeightDr
            'awd_lstm_lm', 'awd_lstm_learner']
 
 # %% ../nbs/05_awdlstm.ipynb #9cbf9181
-import warnings
+import re, warnings
 import torch
 from torch import nn
 from torch.nn import functional as F
 from fastcore.basics import getcallable, listify
 from fastcore.meta import delegates
-from fastai.text.learner import language_model_learner
+from fastai.data.core import DataLoaders
+from fastai.text.learner import LMLearner, language_model_learner
 from fastai.text.models import awdlstm as fastai_awdlstm
-from fastai.text.models.core import _model_meta, get_language_model, SequentialRNN
+from fastai.text.models.core import _model_meta, get_language_model, LinearDecoder, SequentialRNN
 from .dropout import EmbeddingDropout, check_p, dropout_mask
-from .loss import without_logits
+from .loss import _autocast_dtype, without_logits
 
 # %% ../nbs/05_awdlstm.ipynb #6b4e5096
 class RNNDropout(fastai_awdlstm.RNNDropout):
@@ -32,35 +33,77 @@ class RNNDropout(fastai_awdlstm.RNNDropout):
         if not self.training or self.p==0: return x
         return x * dropout_mask(x.detach(), (x.size(0), 1, *x.shape[2:]), self.p)
 
-# %% ../nbs/05_awdlstm.ipynb #f9e1c1a8
-_not_flat = 'RNN module weights are not part of single contiguous chunk of memory'
-
-class WeightDropout(nn.Module):
-    "DropConnect on the recurrent weights of `module` (Merity et al. 2017, section 2), both directions"
-    def __init__(self,
-        module:nn.RNNBase, # `nn.LSTM`, `nn.GRU` or `nn.RNN`
-        weight_p:float, # Probability of dropping a weight, in [0, 1]
-        layer_names='weight_hh_l0' # Name(s) of the weights; `_reverse` ones follow theirs
-    ):
+# %% ../nbs/05_awdlstm.ipynb #42ee4020
+class _WeightDropout(nn.Module):
+    "An RNN whose recurrent weights belong to this module"
+    def __init__(self, module, weight_p, layer_names):
         super().__init__()
         self.module,self.weight_p,self.layer_names = module,weight_p,listify(layer_names)
         for n in self.layer_names:
             self.register_parameter(f'{n}_raw', getattr(module, n))
-            setattr(module, n, None)
+            delattr(module, n)
+        self.reset()
+
+    def reset(self):
+        "Show the raw weights under their old names to whoever looks at the RNN, as quantization does"
+        rnn = self.module
+        if not isinstance(rnn, nn.RNNBase): return
+        for n in self.layer_names:
+            rnn.__dict__[n] = getattr(self, f'{n}_raw').detach()
+            i = rnn._flat_weights_names.index(n)
+            rnn._flat_weights[i] = rnn._flat_weight_refs[i] = None # `forward` fills it in
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.reset()
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.reset()
+        return self
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self.reset()
+
+# %% ../nbs/05_awdlstm.ipynb #f9e1c1a8
+class WeightDropout(_WeightDropout):
+    "DropConnect on the recurrent weights of `module` (Merity et al. 2017, section 2), both directions"
+    def __init__(self,
+        module:nn.RNNBase, # `nn.LSTM`, `nn.GRU` or `nn.RNN`
+        weight_p:float, # Probability of dropping a weight, in [0, 1]
+        layer_names:str|list='weight_hh_l0' # Name(s) of the weights; `_reverse` ones follow theirs
+    ): super().__init__(module, weight_p, layer_names)
 
     def _weight(self, n):
         w = getattr(self, f'{n}_raw') if n in self.layer_names else getattr(self.module, n)
         return F.dropout(w, self.weight_p, self.training) if n.removesuffix('_reverse') in self.layer_names else w
 
-    def forward(self, *args):
+    def _run(self, x, hx):
         rnn = self.module
-        rnn._update_flat_weights()
         kept,rnn._flat_weights = rnn._flat_weights,[self._weight(n) for n in rnn._flat_weights_names]
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings('ignore', _not_flat)
-                return rnn(*args)
+        try: return rnn(x, hx)
         finally: rnn._flat_weights = kept
+
+    def forward(self,
+        x:torch.Tensor, # Input, shape (batch, time, features)
+        hx:tuple|torch.Tensor|None=None # Hidden state, as the RNN takes it
+    )->tuple: # Output and hidden state of the RNN
+        if not isinstance(self.module, nn.RNNBase): return self.module(x, hx) # quantized since
+        _mute_not_flat()
+        kind = x.data.device.type
+        if _autocast_dtype(kind) is not torch.bfloat16: return self._run(x, hx)
+        with torch.autocast(kind, enabled=False): return self._run(_float(x), _float(hx))
+
+def _float(x):
+    return x.float() if hasattr(x, 'float') else x and tuple(map(_float, x))
+
+_not_flat = 'RNN module weights are not part of single contiguous chunk of memory'
+_mute = ('ignore', re.compile(_not_flat, re.I), UserWarning, None, 0)
+
+def _mute_not_flat():
+    "Ignore cuDNN's warning, and leave Python's record of shown warnings alone if it is ignored already"
+    if warnings.filters[:1]!=[_mute]: warnings.filterwarnings('ignore', _not_flat, UserWarning)
 
 # %% ../nbs/05_awdlstm.ipynb #3f32ab14
 class AWD_LSTM(fastai_awdlstm.AWD_LSTM):
@@ -76,7 +119,7 @@ class AWD_LSTM(fastai_awdlstm.AWD_LSTM):
         embed_p:float=.1, # Dropout of words
         weight_p:float=.5, # Dropout of recurrent weights
         bidir:bool=False, # Bidirectional layers?
-        per:str='batch', # Who shares a word's fate, see `EmbeddingDropout`
+        per:str='batch', # What shares a mask: 'batch', 'sequence' or 'token', see `EmbeddingDropout`
         hold:bool=False # Keep one draw of words until `reset()`?
     ):
         for n,p in dict(hidden_p=hidden_p, input_p=input_p, embed_p=embed_p, weight_p=weight_p).items(): check_p(p, n)
@@ -88,18 +131,33 @@ class AWD_LSTM(fastai_awdlstm.AWD_LSTM):
         return WeightDropout(nn.LSTM(n_in, n_out, 1, batch_first=True, bidirectional=bidir), weight_p)
 
     def reset(self):
+        "A fresh hidden state, and a fresh mask if one is held"
         super().reset()
         getcallable(self.encoder_dp, 'reset')()
+
+    def children(self):
+        "All but `encoder` if it is in `encoder_dp` as well, so that fastai's `summary` counts it once"
+        inside = set(self.encoder_dp.modules())
+        return (m for m in super().children() if m is not self.encoder or m not in inside)
 
     def _apply(self, fn, recurse=True):
         self.hidden = [tuple(map(fn, h)) for h in self.hidden]
         return super()._apply(fn, recurse)
 
 # %% ../nbs/05_awdlstm.ipynb #2a906d78
-def awd_lstm_lm_split(model):
+def _mend_decoder(model):
+    "Give the decoder of a language model a dropout that can be 1"
+    for m in model.modules():
+        if isinstance(m, LinearDecoder): m.output_dp = RNNDropout(m.output_dp.p)
+    return model
+
+def awd_lstm_lm_split(
+    model:SequentialRNN # A language model
+)->list: # Its parameters, by layer
     "fastai's layer groups of a language model, and a warning if its mask is held"
-    if model[0].encoder_dp.hold: warnings.warn('hold=True in a language model: nothing resets it within an epoch, so one mask lasts that long')
-    return fastai_awdlstm.awd_lstm_lm_split(model)
+    hold = 'hold=True in a language model: nothing resets it within an epoch, so one mask lasts that long'
+    if model[0].encoder_dp.hold: warnings.warn(hold)
+    return fastai_awdlstm.awd_lstm_lm_split(_mend_decoder(model))
 
 # %% ../nbs/05_awdlstm.ipynb #600e5675
 awd_lstm_lm_config   = {**fastai_awdlstm.awd_lstm_lm_config,   'per':'batch', 'hold':False}
@@ -107,7 +165,7 @@ awd_lstm_clas_config = {**fastai_awdlstm.awd_lstm_clas_config, 'per':'batch', 'h
 _model_meta[AWD_LSTM] = {**_model_meta[fastai_awdlstm.AWD_LSTM], 'split_lm':awd_lstm_lm_split,
                          'config_lm':awd_lstm_lm_config, 'config_clas':awd_lstm_clas_config}
 
-# %% ../nbs/05_awdlstm.ipynb #bdcfe46d
+# %% ../nbs/05_awdlstm.ipynb #c10981da
 def _lm_config(config, drop_mult):
     "`config` over the defaults, each of its probabilities times `drop_mult` checked"
     cfg = {**awd_lstm_lm_config, **(config or {})}
@@ -115,28 +173,32 @@ def _lm_config(config, drop_mult):
         if n.endswith('_p'): check_p(p*drop_mult, n)
     return cfg
 
-# %% ../nbs/05_awdlstm.ipynb #c10981da
 def awd_lstm_lm(
     vocab_sz:int, # Size of the vocabulary
-    config:dict=None, # Entries that differ from `awd_lstm_lm_config`
+    config:dict|None=None, # Entries that differ from `awd_lstm_lm_config`
     drop_mult:float=1. # Factor on every dropout probability of the configuration
 )->SequentialRNN: # `AWD_LSTM` and decoder; takes (batch, time) ids, gives (logits, raw outputs, dropped outputs)
     "An untrained AWD-LSTM language model; a `ValueError` names a probability that `drop_mult` takes out of [0, 1]"
-    return get_language_model(AWD_LSTM, vocab_sz, config=_lm_config(config, drop_mult), drop_mult=drop_mult)
+    model = get_language_model(AWD_LSTM, vocab_sz, config=_lm_config(config, drop_mult), drop_mult=drop_mult)
+    return _mend_decoder(model)
 
 # %% ../nbs/05_awdlstm.ipynb #75523bb5
-@delegates(language_model_learner, but='arch,backwards,pretrained_fnames')
+@delegates(language_model_learner, but='arch,splitter')
 def awd_lstm_learner(
-    dls, # Language-model `DataLoaders`
-    config:dict=None, # Entries that differ from `awd_lstm_lm_config`
+    dls:DataLoaders, # Of a language model
+    config:dict|None=None, # Entries that differ from `awd_lstm_lm_config`
     drop_mult:float=1., # Factor on every dropout probability of the configuration
     pretrained:bool=False, # Start from fastai's WikiText-103 weights? (downloads them)
     loss_func=None, # Another loss than fastai's; it gets the logits
     keep_logits:bool=False, # Hold the logits in training too? See `without_logits`
+    alpha:float=2., # Factor of the penalty on activations
+    beta:float=1., # Factor of the penalty on their changes
     **kwargs
-): # An `LMLearner`
-    "fastai's `language_model_learner` with `AWD_LSTM`, untrained unless `pretrained`, its training loss computed without logits"
-    learn = language_model_learner(dls, AWD_LSTM, config=_lm_config(config, drop_mult), drop_mult=drop_mult, pretrained=pretrained, **kwargs)
-    if loss_func is None: return learn if keep_logits else without_logits(learn)
-    learn.loss_func = loss_func
+)->LMLearner: # Its training loss is computed without logits if nothing needs them
+    "fastai's `language_model_learner` with `AWD_LSTM`, untrained unless `pretrained`"
+    learn = language_model_learner(dls, AWD_LSTM, config=_lm_config(config, drop_mult), drop_mult=drop_mult,
+                                   pretrained=pretrained, alpha=alpha, beta=beta, **kwargs)
+    _mend_decoder(learn.model)
+    if loss_func is not None: learn.loss_func = loss_func
+    elif not keep_logits: without_logits(learn)
     return learn

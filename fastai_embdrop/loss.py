@@ -26,6 +26,11 @@ from fastai.text.models.core import LinearDecoder, SequentialRNN
 # %% ../nbs/04_loss.ipynb #8a013415
 _chunk = 512
 
+def _autocast_dtype(kind):
+    "The dtype of autocast's products on devices of this `kind`, `None` without autocast"
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if enabled else None
+
 def linear_loss(
     x:torch.Tensor, # Hidden states, shape (batch, time, features)
     decoder:nn.Linear, # The last layer, from features to words
@@ -33,8 +38,8 @@ def linear_loss(
 )->torch.Tensor: # A number
     "Mean cross-entropy of `decoder(x)`, computed for 512 positions at a time"
     x,targ = x.as_subclass(torch.Tensor).flatten(0, -2),targ.as_subclass(torch.Tensor).flatten() # no `TensorText`
-    w,b,kind = decoder.weight,decoder.bias,x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else w.dtype
+    w,b = decoder.weight,decoder.bias
+    dtype = _autocast_dtype(x.device.type) or w.dtype
     if dtype in (torch.float16, torch.bfloat16): return _low_precision_loss(x, w, b, targ, dtype)
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=_chunk)
     return F.linear_cross_entropy(x, w, targ, linear_bias=b, options=options)
