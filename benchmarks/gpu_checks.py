@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from unittest.mock import patch
 import fastai, torch
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 from fastai.text.all import Callback, DataLoader, DataLoaders, get_model, rank_distrib, set_seed
-from fastai_embdrop import __version__
+from fastai_embdrop import __version__, loss as loss_module
 from fastai_embdrop.all import (AnnealEmbedP, Checkpoint, EmbeddingDropout, awd_lstm_learner, awd_lstm_lm,
                                 last_checkpoint, load_run)
 from fastai_embdrop.awdlstm import WeightDropout
@@ -533,6 +534,22 @@ def scheduler_time(s):
     fs = {name:anneal.batches(model, cb, s.device) for name,(_,model,cb) in anneal.kinds().items()}
     ms = interleave(fs, s.size(41, 3), str(s.device))
     return {name:round(1000*v/anneal.calls, 1) for name,v in ms.items()}
+
+@check('L', 4, 'fused loss', cases={k:dict(dtype=v) for k,v in dict(fp32=None, bf16=torch.bfloat16).items()})
+def loss_time(s, dtype):
+    "Milliseconds of decoder and loss, forward and backward: with logits, and over the positions taken at a time"
+    n,V,D = s.size((4608,60_000,400), (256,500,20))
+    x,targ = torch.randn(1, n, D, device=s.device, requires_grad=True),torch.randint(V, (1,n), device=s.device)
+    lin = nn.Linear(D, V, device=s.device)
+    def step(f, chunk=512):
+        x.grad = None
+        lin.zero_grad()
+        with torch.autocast(s.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            with patch.object(loss_module, '_chunk', chunk): res = f(x)
+        res.backward()
+    fs = {c:partial(step, lambda x: linear_loss(x, lin, targ), c) for c in (256,512,1024,4096,n) if c<=n}
+    fs['logits'] = partial(step, lambda x: F.cross_entropy(lin(x)[0].float(), targ[0]))
+    return {f'{k}_ms':round(v, 2) for k,v in interleave(fs, s.size(9, 3), str(s.device)).items()}
 
 @check('L', 4, 'card')
 def kernels(s):

@@ -23,7 +23,7 @@ from benchmarks.gpu import missing
 card = torch.device('cuda')
 no_fused_loss = missing('fused loss', card)
 needs_fused_loss = pytest.mark.skipif(no_fused_loss is not None, reason=no_fused_loss or '')
-before_2_13 = pytest.mark.filterwarnings('ignore:torch .* has no F.linear_cross_entropy') # a learner keeps its logits
+before_2_13 = pytest.mark.filterwarnings('ignore:The logits are kept in training: torch') # a learner says so
 pytestmark = [pytest.mark.cuda, before_2_13]
 setting = gpu_checks.Setting(card, small=False)
 
