@@ -3,7 +3,7 @@
 The rows are the checks of `benchmarks.gpu_checks`, in parts: A environment, B draw, C moves, D waits of the host,
 E compile, F loss, G learner, H cuDNN, I checkpoint, J command, K two cards, L figures, M `pytest -m cuda`. A row is ok,
 failed, or skipped and why, with its seconds and figures. `results/gpu-<card>.json` is written after each row. The same
-command continues where it stopped, and repeats what failed or was of another commit. Each group of checks, `--group 1`
+command continues where it stopped, and repeats what was not ok or of another commit. Each group of checks, `--group 1`
 to `--group 4`, takes at most eight minutes. `--device cpu` is the dry run, at small sizes.
 """
 import argparse, json, os, sys, time, traceback
@@ -39,9 +39,9 @@ def run_check(check, setting):
     return dict(row, seconds=round(time.perf_counter()-began, 1))
 
 def read_rows(path, now):
-    "The rows of an earlier call that count for this one: ok or skipped, by the same commit, versions and hardware"
+    "The rows of an earlier call that count for this one: ok, of the same commit, versions and hardware"
     if not path.exists(): return {}
-    kept = [r for r in json.loads(path.read_text())['rows'] if r['result']!='failed']
+    kept = [r for r in json.loads(path.read_text())['rows'] if r['result']=='ok']
     return {r['name']:r for r in kept if all(r[k]==now[k] for k in ('commit','hardware','versions'))}
 
 def write_rows(path, now, rows):

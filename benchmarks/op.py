@@ -26,6 +26,8 @@ sizes = [Size(10_000, 400, 64, 72), Size(10_000, 400, 64, 72, kept=1), Size(60_0
 # glibc then keeps what is freed, up to 1 GB, instead of fetching it from the kernel again at each step
 keep_memory = dict(MALLOC_TRIM_THRESHOLD_=str(2**30), MALLOC_MMAP_THRESHOLD_=str(2**30))
 
+names = 'ours','fastai','plain'
+
 def kinds(emb, sparse):
     "Modules by name; fastai's class has no sparse gradients"
     res = dict(ours=EmbeddingDropout(emb, .1), plain=emb)
@@ -74,27 +76,32 @@ def asked(what, size, args):
     env = {**os.environ, **(keep_memory if size.kept else {})}
     return json.loads(subprocess.run(cmd, stdout=subprocess.PIPE, text=True, check=True, env=env).stdout)
 
+def settings_of(size, args):
+    "Columns that say what was measured"
+    kept = ' '.join(f'{k}={v}' for k,v in keep_memory.items())
+    return dict(V=size.V, D=size.D, tokens=size.bs*size.seq_len, sparse=bool(size.sparse),
+                allocator=kept if size.kept else allocator(args.device))
+
 def op_row(size, args):
-    "Medians over the rounds, each a process: ratios of what was measured in turn, milliseconds, megabytes"
+    "Medians over the rounds, each a process: ratios of what was measured in turn, and milliseconds"
     rounds = [asked('ms', size, args) for _ in range(args.rounds)]
     def ratio(a, b): return f'{median(r[a]/r[b] for r in rounds):.2f}' if a in rounds[0] else ''
     ms = {k:median(r[k] for r in rounds) for k in rounds[0]}
-    mb = {k:asked(k, size, args) for k in ms}
-    names = 'ours','fastai','plain'
-    figures = {**{f'{k}_ms':f'{ms[k]:.3f}' if k in ms else '' for k in names},
-               **{f'{k}_mb':f'{mb[k]:.1f}' if k in mb else '' for k in names}}
-    setting = ' '.join(f'{k}={v}' for k,v in keep_memory.items()) if size.kept else allocator(args.device)
-    return dict(V=size.V, D=size.D, tokens=size.bs*size.seq_len, sparse=bool(size.sparse),
-                over_plain=ratio('ours', 'plain'), fastai_over_plain=ratio('fastai', 'plain'), **figures,
-                allocator=setting)
+    return {**settings_of(size, args), 'over_plain':ratio('ours', 'plain'), 'fastai_over_plain':ratio('fastai', 'plain'),
+            **{f'{k}_ms':f'{ms[k]:.3f}' if k in ms else '' for k in names}}
 
-def op_rows(args):
-    rows = []
+def memory_row(size, args):
+    "Megabytes of one step of each kind, above what was held before it"
+    mb = {k:asked(k, size, args) for k in names if not (size.sparse and k=='fastai')}
+    return {**settings_of(size, args), **{f'{k}_mb':f'{mb[k]:.1f}' if k in mb else '' for k in names}}
+
+def rows_of(f, args):
+    res = []
     for size in sizes:
         if size.kept and args.device.startswith('cuda'): continue # glibc's setting
-        rows.append(op_row(size, args))
-        print(rows[-1], flush=True)
-    return rows
+        res.append(f(size, args))
+        print(res[-1], flush=True)
+    return res
 
 def profile_row(size, args):
     "Milliseconds of a step with a mask that is at hand, and of the mask and its hash alone, beside the whole step"
@@ -110,7 +117,8 @@ def profile_row(size, args):
 def main():
     args = arguments(__doc__, runs=15, rounds=3, only='', measure='')
     if args.measure: return measure(args.measure, args)
-    if args.only in ('','op'): report('op', op_rows(args), args.device)
+    if args.only in ('','op'): report('op', rows_of(op_row, args), args.device)
+    if args.only in ('','memory'): report('op_memory', rows_of(memory_row, args), args.device)
     if args.only in ('','profile'):
         report('op_profile', [profile_row(size, args) for size in sizes if size.sparse], args.device)
 
