@@ -7,7 +7,7 @@ from conftest import random_tokens
 
 root = Path(__file__).parent.parent
 sys.path.insert(0, str(root)) # `experiments` is no part of the installed package
-from experiments import adapt as A
+from experiments import adapt as A, judge as J
 
 pytestmark = pytest.mark.filterwarnings('ignore:The given NumPy array is not writable') # fastai reads the tables of pandas 3, and reads only
 
@@ -147,3 +147,56 @@ def test_list_and_once(data, tmp_path, capsys):
     assert A.main([*flags, '--out', str(path), '--list', '--only', 'movielens/x3/const-0/*']) is None
     assert capsys.readouterr().out.split('\n')[:3]==[f'done  {key}', 'to do movielens/x3/const-0/1', 'to do movielens/x3/const-0/2']
     assert A.main([*flags, '--out', str(path), '--once', key])==0 and 'bit-equal' in capsys.readouterr().out
+
+# What the rows say
+
+def table(outcome, names=tuple(A.cells), seeds=range(3)):
+    "Rows of all arms; `outcome` is a function of cell, arm and seed"
+    keys = [k.split('/') for c in names for k in A.keys_of(c, A.arms, seeds)]
+    rows = [dict(domain=d, cell=f'{d}/{c}', arm=a, seed=int(s), outcome=outcome(f'{d}/{c}', a, int(s))) for d,c,a,s in keys]
+    return pd.DataFrame(rows)
+
+def good(cell, arm, seed):
+    "The best constant is 0.3 in language models, 0.1 elsewhere; seeds differ, all arms alike"
+    best = .3 if A.is_lm(cell) else .1
+    return (100+seed)*(1+abs(A.constants[arm]-best) if arm in A.constants else {'E3cap':1.005, 'E2':1.02}.get(arm, 1.3))
+
+def test_regret_is_paired_by_seed():
+    df = table(good)
+    assert J.best_constant(df, 'imdb/60kx6')=='const-0.3' and J.best_constant(df, 'movielens/x3')=='const-0.1'
+    assert J.regret(df, 'imdb/60kx6', 'E3cap')==pytest.approx((.5, 0), abs=1e-9)
+    noisy = table(lambda c, a, s: good(c, a, s)*(1+.01*s*(a=='E3cap')))
+    mean,half = J.regret(noisy, 'imdb/60kx6', 'E3cap')
+    assert mean==pytest.approx(.5+1.005) and half==pytest.approx(4.303*1.005/3**.5, rel=1e-3)
+
+def test_five_seeds_count_where_both_have_them():
+    more = table(good, ['imdb/60kx6'], range(5))
+    df = more[(more.seed<3) | more.arm.isin(['E3cap','const-0.3'])]
+    df = df.assign(outcome=df.outcome.where((df.seed<3) | (df.arm!='E3cap'), df.outcome*1.1))
+    assert J.regret(df, 'imdb/60kx6', 'E3cap')[0]==pytest.approx((3*.5+2*10.55)/5)
+
+@pytest.mark.parametrize('worse,ok', [(1., True), (1.0051, False)])
+def test_verdict_on_language_models(worse, ok):
+    df = table(lambda c, a, s: good(c, a, s)*(worse if a=='E3cap' else 1))
+    assert J.domain_verdict(df, 'language models')[0]==ok
+    one = table(lambda c, a, s: good(c, a, s)*(1.031 if (c,a)==('imdb/60kx6','E3cap') else 1))
+    assert J.domain_verdict(one, 'language models')[::2]==(False, pytest.approx(3.6155))
+
+def test_verdict_elsewhere_is_by_the_interval():
+    assert not J.domain_verdict(table(good), 'the recommender')[0]
+    noisy = table(lambda c, a, s: good(c, a, s)*(1+.01*(s-1)*(a=='E3cap')))
+    assert J.domain_verdict(noisy, 'the recommender')[0]
+
+def test_rivals_with_no_worse_worst():
+    assert J.lower_worst(table(good))==[]
+    assert J.lower_worst(table(lambda c, a, s: 100. if a=='switch' else good(c, a, s)))==['switch']
+
+def test_summary_says_what_is_known():
+    some = table(good, ['movielens/x3'])
+    assert J.planned()==492 and J.summary(some.iloc[:29])=='Not yet judged: 29 of 492 runs are done, 0 of 12 cells have all arms.'
+    assert J.summary(some)=='Not yet judged: 30 of 492 runs are done, 1 of 12 cells has all arms. ' \
+        'Where all arms are done the worst regret of E3cap is 0.5 %; no worse is that of const-0.1.'
+    text = J.summary(table(good))
+    assert text.startswith('Judged in all three domains: 360 of 492 runs are done. In the recommender E3cap fails: its mean regret is 0.5 %')
+    assert text.endswith('every constant, the switch and the epochs rule have a higher one.')
+    assert 'In language models E3cap succeeds: its mean regret is 0.5 %, the worst 0.5 %.' in text

@@ -1,0 +1,428 @@
+"""Pins that `AdaptEmbedP` measures what it says and leaves the training as it was, in every kind of Learner that fastai has an
+embedding in; that its rule is what the page says; where it is silent, and what it refuses.
+
+The rule's reference is a loop over the measurements written from the page's formula, and losses are compared with `validate`'s.
+"""
+import math, subprocess, sys
+from functools import partial
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, simgpu, torch
+from hypothesis import given, strategies as st
+from torch import nn
+from fastai.callback.core import Callback
+from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastai.callback.training import GradientAccumulation
+from fastai.collab import CollabDataLoaders, collab_learner
+from fastai.data.core import DataLoaders, TfmdDL
+from fastai.data.load import DataLoader
+from fastai.learner import Learner, load_learner
+from fastai.metrics import accuracy
+from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabular_learner
+from fastai.text.all import Categorize, Datasets, Numericalize, SortedDL, pad_input_chunk, set_seed, text_classifier_learner
+from fastai_embdrop import adapt
+from fastai_embdrop.adapt import AdaptEmbedP, eval_loss, feedback_p, hold_out, sample_batches, smoothed
+from fastai_embdrop.awdlstm import AWD_LSTM, awd_lstm_clas_config, awd_lstm_learner
+from fastai_embdrop.embeddings import add_embedding_dropout
+from fastai_embdrop.run.corpus import lm_dataloaders
+from fastai_embdrop.run.checkpoint import Checkpoint, last_checkpoint
+from conftest import SMALL, random_tokens, small_dls
+
+pytestmark = pytest.mark.filterwarnings('ignore:The given NumPy array is not writable') # fastai reads the tables of pandas 3
+
+# Learners of every kind; each begins with its own seed, so two of a kind are equal
+
+def lm(**kwargs):
+    set_seed(0)
+    return awd_lstm_learner(small_dls(), {**SMALL, 'embed_p':0.}, **kwargs)
+
+def many_texts():
+    set_seed(0)
+    texts = [random_tokens(30, i) for i in range(30)]
+    dls = lm_dataloaders(texts, [random_tokens(200, 99)], tok='split', min_freq=1, bs=4, seq_len=8, device='cpu')
+    return awd_lstm_learner(dls, {**SMALL, 'embed_p':0.})
+
+def classifier(embed_p=0.):
+    set_seed(0)
+    texts = [random_tokens(5+i%17, i) for i in range(50)]
+    vocab = ['xxunk', 'xxpad', *sorted({w for t in texts for w in t})]
+    tfms = [[lambda i: texts[i], Numericalize(vocab)], [lambda i: i%2, Categorize([0, 1])]]
+    dsets = Datasets(range(50), tfms, splits=[range(40), range(40, 50)], dl_type=SortedDL)
+    dls = dsets.dataloaders(bs=4, before_batch=pad_input_chunk, device='cpu', num_workers=0)
+    config = {**awd_lstm_clas_config, **SMALL, 'embed_p':embed_p}
+    return text_classifier_learner(dls, AWD_LSTM, config=config, pretrained=False, seq_len=8, metrics=accuracy)
+
+def table(n=90):
+    rng = np.random.default_rng(0)
+    return pd.DataFrame(dict(a=rng.integers(0, 9, n), b=rng.integers(0, 7, n), x=rng.normal(size=n), y=rng.normal(size=n)))
+
+def tabular():
+    set_seed(0)
+    dls = TabularDataLoaders.from_df(table(), procs=[Categorify, Normalize], cat_names=['a','b'], cont_names=['x'], y_names='y', bs=8,
+                                     valid_idx=list(range(70, 90)), device='cpu')
+    learn = tabular_learner(dls, layers=[10], y_range=(-2, 2))
+    add_embedding_dropout(learn.model, 0.)
+    return learn
+
+def collab():
+    set_seed(0)
+    df = table().rename(columns=dict(y='rating'))
+    dls = CollabDataLoaders.from_df(df, user_name='a', item_name='b', rating_name='rating', valid_pct=.2, seed=1, bs=8, device='cpu')
+    learn = collab_learner(dls, n_factors=6, y_range=(-2, 2))
+    add_embedding_dropout(learn.model, 0.)
+    return learn
+
+kinds = dict(lm=lm, with_logits=partial(lm, keep_logits=True), many_texts=many_texts, classifier=classifier, tabular=tabular, collab=collab)
+every_kind = pytest.mark.parametrize('make', kinds.values(), ids=kinds)
+
+def weights(learn): return torch.cat([o.detach().flatten() for o in [*learn.model.parameters(), *learn.model.buffers()]])
+def zero(history): return 0.
+
+# Training is left as it was
+
+def fitted(make, *cbs, epochs=3):
+    learn = make()
+    learn.fit_one_cycle(epochs, 1e-2, cbs=list(cbs))
+    return learn
+
+def assert_same_fit(a, b):
+    assert torch.equal(weights(a), weights(b)) and a.recorder.losses==b.recorder.losses
+    assert [v[:2] for v in a.recorder.values]==[v[:2] for v in b.recorder.values]
+
+@every_kind
+def test_a_rule_that_answers_0_changes_no_bit(make):
+    cb = AdaptEmbedP(rule=zero)
+    a,b = fitted(make),fitted(make, cb)
+    assert_same_fit(a, b)
+    assert len(cb.history)==20
+
+@pytest.mark.parametrize('other', [GradientAccumulation, partial(GradientAccumulation, 8), partial(MixedPrecision, amp_mode=AMPMode.BF16)])
+def test_no_bit_beside_other_callbacks(other):
+    a,b = fitted(lm, other()),fitted(lm, other(), AdaptEmbedP(rule=zero))
+    assert_same_fit(a, b)
+
+def test_the_rule_acts():
+    a,b = fitted(lm),fitted(lm, AdaptEmbedP(rule=lambda history: .5))
+    n = a.train_iter//20
+    assert a.recorder.losses[:n]==b.recorder.losses[:n] and a.recorder.losses[-1]!=b.recorder.losses[-1]
+
+class State(nn.Module):
+    "A model that does in its forward pass all that one should not: state in attributes, lists and buffers, and all generators"
+    def __init__(self):
+        super().__init__()
+        self.bn,self.out,self.frozen = nn.BatchNorm1d(3),nn.Linear(3, 1),nn.BatchNorm1d(3)
+        self.register_buffer('calls', torch.zeros(()))
+        self.hidden,self.seen = torch.zeros(1),[]
+        self.frozen.eval()
+    def forward(self, x):
+        self.calls += 1
+        self.hidden,self.new = x.sum(),len(self.seen)
+        self.seen = [*self.seen, len(x)]
+        return self.out(self.frozen(self.bn(x)) + torch.rand(1) + np.random.rand())
+
+class Count(Callback):
+    n = 0
+    def before_batch(self): self.n += 1
+
+def test_what_a_forward_pass_changes_is_put_back():
+    xs = [(torch.randn(3), torch.randn(1)) for _ in range(20)]
+    count,learn = Count(),Learner(DataLoaders(DataLoader(xs, bs=4), DataLoader(xs, bs=4)), State(), nn.MSELoss())
+    learn.add_cb(count)
+    batches = list(learn.dls.valid)
+    learn.model.train(), learn.model.frozen.eval()
+    def state():
+        m = learn.model
+        attrs = [m.hidden, m.seen, hasattr(m, 'new'), count.n, sorted(vars(learn)), [o.training for o in m.modules()]]
+        return str([*attrs, m.state_dict(), np.random.get_state(), torch.get_rng_state().tolist(), learn.training])
+    before = state()
+    assert eval_loss(learn, batches) and state()==before
+
+def test_a_failed_measurement_leaves_nothing_either():
+    learn = lm()
+    batches,hidden = sample_batches(learn.dls.valid, 1),learn.model[0].hidden
+    learn.loss_func = lambda pred, targ: 1/0
+    with pytest.raises(ZeroDivisionError): eval_loss(learn, batches)
+    assert learn.model.training and learn.model[0].hidden is hidden and not hasattr(learn, 'xb')
+
+# What is measured
+
+@every_kind
+def test_the_loss_is_that_of_validate(make):
+    learn = fitted(make, epochs=1)
+    batches = list(learn.dls.valid)
+    learn.model.train()
+    learn._split(batches[0])
+    learn.model(*learn.xb) # leaves a hidden state
+    loss = eval_loss(learn, batches)
+    assert loss==pytest.approx(learn.validate()[0], rel=1e-5)
+
+def test_batches_weigh_as_they_hold_items():
+    learn = collab()
+    batches = list(learn.dls.valid)
+    assert len({len(y) for *_,y in batches})>1
+    losses = [eval_loss(learn, [b]) for b in batches]
+    assert eval_loss(learn, batches)==pytest.approx(np.average(losses, weights=[len(y) for *_,y in batches]))
+
+def ids_of(batches): return torch.cat([b[0].flatten() for b in batches])
+
+@every_kind
+def test_a_sample_is_always_the_same(make):
+    learn = make()
+    state = torch.get_rng_state()
+    a,b = (ids_of(sample_batches(learn.dls.train, 2)) for _ in range(2))
+    assert torch.equal(a, b) and torch.equal(state, torch.get_rng_state())
+    for _ in learn.dls.train: pass # shuffles
+    assert torch.equal(a, ids_of(sample_batches(learn.dls.train, 2)))
+
+def test_items_are_spread_and_text_is_not():
+    dl = TfmdDL(list(range(100)), bs=10, shuffle=True, num_workers=0)
+    assert [o.tolist() for o in sample_batches(dl, 2)]==[list(range(0, 50, 5)), list(range(50, 100, 5))]
+    assert len(sample_batches(dl, 99))==10
+    train = lm().dls.train
+    a,b = [x for x,_ in sample_batches(train, 2)]
+    text = train.dataset[0][0]
+    assert torch.equal(torch.cat([a[0],b[0]]), text[:16])
+
+def test_other_loaders_give_their_first_batches():
+    xs = [(torch.tensor([float(i)]),)*2 for i in range(10)]
+    dl = torch.utils.data.DataLoader(xs, batch_size=2)
+    assert [x.flatten().tolist() for x,_ in sample_batches(dl, 2)]==[[0, 1], [2, 3]]
+
+@pytest.mark.parametrize('epochs,n', [(1, 1), (19, 1), (20, 2), (30, 3), (200, 8)])
+def test_size_of_the_samples(epochs, n):
+    learn,cb = lm(),AdaptEmbedP()
+    learn.add_cb(cb)
+    learn.n_epoch = epochs
+    assert len(learn.dls.train)==25
+    samples = cb._draw()
+    assert len(samples.train)==n and len(samples.control)==min(n, len(learn.dls.valid))
+
+def test_history_is_what_was_measured():
+    learn,seen = lm(),[]
+    class Look(Callback):
+        order = AdaptEmbedP.order+1
+        def after_batch(self):
+            if self.training: seen.append([eval_loss(self.learn, o) for o in (cb.samples.train, cb.samples.control)])
+    cb = AdaptEmbedP(rule=lambda history: .01*len(history))
+    learn.fit(4, cbs=[cb, Look()])
+    assert len(seen)==100 and [h[2:] for h in cb.history]==[tuple(o) for o in seen[4::5]]
+    assert [h[:2] for h in cb.history]==[((i+1)/20, pytest.approx(.01*i)) for i in range(20)]
+    assert learn.recorder.hps['embed_p']==pytest.approx([.01*(i//5) for i in range(100)])
+    assert learn.model[0].encoder_dp.embed_p==pytest.approx(.19)
+
+def test_a_short_fit_measures_after_each_batch():
+    learn,cb = tabular(),AdaptEmbedP()
+    learn.fit(1, cbs=cb)
+    assert len(cb.history)==len(learn.dls.train)==8 and cb.history[-1][0]==1.
+
+# The rule
+
+def reference(history, max_p, rho, gain, dead, ema, until):
+    least,x,p,cap = math.inf,None,0.,None
+    for pct,_,train,control in history:
+        new = control - rho*train
+        x = new if x is None else ema*x + (1-ema)*new
+        least = min(least, x)
+        p = min(max(gain*(x-least-dead), 0.), max_p)
+        if pct<=until: cap = p
+    return p if cap is None else min(p, cap)
+
+losses = st.lists(st.tuples(st.floats(0, 9), st.floats(0, 9)), max_size=25)
+@given(losses, st.floats(.01, 1), st.floats(0, 1), st.floats(0, 8), st.floats(0, .5), st.floats(0, .9), st.floats(0, 1))
+def test_the_rule_is_its_formula(losses, max_p, rho, gain, dead, ema, until):
+    history = [((i+1)/20, 0., *o) for i,o in enumerate(losses)]
+    args = max_p,rho,gain,dead,ema,until
+    assert feedback_p(history, *args)==pytest.approx(reference(history, *args), abs=1e-12)
+    assert 0 <= feedback_p(history, *args) <= max_p
+
+def test_the_defaults_of_the_rule():
+    history = [(.1, 0., 5., 5.), (.2, 0., 4., 4.8)]
+    x = [3., .9+.7*3.2]
+    assert feedback_p(history)==pytest.approx(4*(x[1]-x[0]-.06))
+    late = [(.65, 0., 4., 9.)]
+    assert feedback_p(history+late)==pytest.approx(feedback_p(history)) and feedback_p(history+[(.6, 0., 4., 9.)])==.4
+    assert feedback_p([(.65, 0., 5., 5.), (.7, 0., 4., 9.)])==.4 # no measurement before `until`
+
+def test_it_may_fall_after_until():
+    history = [(.5, 0., 5., 5.), (.6, 0., 4., 6.)]
+    assert feedback_p(history)==.4 and feedback_p(history+[(.7, 0., 5., 5.), (.8, 0., 5., 5.), (.9, 0., 5., 5.)]) < .2
+
+def test_moving_average():
+    assert smoothed([], .3)==[] and smoothed([2.], .3)==[2.] and smoothed([1., 2., 3.], .3)==pytest.approx([1, 1.7, .51+2.1])
+
+def test_max_p_is_the_ceiling():
+    def run(max_p):
+        cb = AdaptEmbedP(max_p)
+        with pytest.MonkeyPatch.context() as m:
+            values = iter([1., 1.]+[1., 9.]*19)
+            m.setattr(adapt, 'eval_loss', lambda *_: next(values))
+            fitted(lm, cb)
+        return max(p for _,p,*_ in cb.history)
+    assert run(.4)==.4 and run(.05)==.05 and run(1)==1
+
+def test_other_keys():
+    learn,cb = lm(),AdaptEmbedP(key='*input_dp.p', rule=lambda history: .3)
+    learn.fit(1, cbs=cb)
+    assert learn.model[0].input_dp.p==.3 and learn.model[0].encoder_dp.embed_p==0 and list(learn.recorder.hps)==['*input_dp.p']
+
+# Control data
+
+def test_control_of_ones_own():
+    other = lm_dataloaders([random_tokens(800)], [random_tokens(300, 5)], tok='split', vocab=lm().dls.vocab, bs=4, seq_len=8, device='cpu').valid
+    cb = AdaptEmbedP(control=other)
+    fitted(lm, cb)
+    assert torch.equal(ids_of(cb.samples.control), ids_of(sample_batches(other, 1)))
+
+def texts_of(dl): return [o[0].tolist() for o in dl.dataset]
+
+@pytest.mark.parametrize('make', [lm, many_texts])
+@pytest.mark.parametrize('share', [.001, .25, .6])
+def test_text_held_out(make, share):
+    dl = make().dls.train
+    train,control = (texts_of(o) for o in hold_out(dl, share))
+    whole = sum(texts_of(dl), [])
+    assert sum(train, [])+sum(control, [])==whole and len(sum(control, []))==round(share*len(whole))
+    assert len(train)+len(control) in (len(texts_of(dl)), len(texts_of(dl))+1) and all(train+control)
+
+@pytest.mark.parametrize('make', [classifier, tabular, collab])
+def test_items_held_out(make):
+    dl = make().dls.train
+    train,control = hold_out(dl, .25)
+    n = len(dl.dataset)
+    assert (len(train.dataset), len(control.dataset))==(n-round(n/4), round(n/4)) and train.shuffle and train.bs==dl.bs
+    def rows(dl): return sorted(str(o.tolist()) for b in dl.new(shuffle=False, drop_last=False, bs=1) for o in [b[0]])
+    assert sorted(rows(train)+rows(control))==rows(dl)
+
+def test_training_never_sees_what_is_held_out():
+    learn,seen = tabular(),[]
+    class See(Callback):
+        def before_batch(self):
+            if self.training: seen.extend(map(str, self.xb[1].tolist()))
+    cb = AdaptEmbedP(control=.25)
+    learn.fit(3, cbs=[cb, See()])
+    held = {str(o) for b in sample_batches(hold_out(learn.dls.train, .25)[1], 99) for o in b[1].tolist()}
+    assert len(held)==18 and len(set(seen))>=45 and not held & set(seen) and learn.train_iter==3*len(cb.train_dl)
+    learn.fit(1, cbs=See())
+    assert held & set(seen)
+
+@pytest.mark.parametrize('make', [lm, many_texts, classifier, collab])
+def test_a_share_works_everywhere(make):
+    cb = AdaptEmbedP(control=.3)
+    fitted(make, cb, epochs=2)
+    assert cb.history[-1][0]==1. and all(map(math.isfinite, cb.history[-1]))
+
+# Where it is silent
+
+def test_lr_find_and_validate(tmp_path):
+    set_seed(0)
+    learn,cb = awd_lstm_learner(small_dls(), {**SMALL, 'embed_p':.2}, path=tmp_path),AdaptEmbedP(rule=zero)
+    learn.add_cb(cb)
+    learn.lr_find(num_it=50, show_plot=False)
+    learn.validate(), learn.get_preds(reorder=False)
+    assert not cb.history and learn.model[0].encoder_dp.embed_p==.2
+    learn.fit(1)
+    before = list(cb.history)
+    learn.validate(), learn.get_preds(reorder=False)
+    assert len(before)==20 and cb.history==before
+
+def test_each_fit_begins_anew():
+    learn,cb = lm(),AdaptEmbedP(rule=lambda history: .3)
+    learn.fit(1, cbs=cb), learn.fit(1, cbs=cb)
+    assert len(cb.history)==20 and learn.recorder.hps['embed_p'][0]==0
+
+def test_a_learner_with_it_can_be_exported(tmp_path):
+    learn = lm()
+    learn.path = tmp_path
+    learn.add_cb(AdaptEmbedP())
+    learn.fit(1)
+    learn.export('m.pkl')
+    assert isinstance(load_learner(tmp_path/'m.pkl').adapt_embed_p, AdaptEmbedP)
+
+@pytest.mark.skipif(bool(simgpu.missing), reason='needs backends in Python')
+def test_the_host_reads_one_number_for_each_loss():
+    def reads(*cbs):
+        with simgpu.simulated() as seen:
+            learn = awd_lstm_learner(small_dls(device=simgpu.device), {**SMALL, 'embed_p':0.}, keep_logits=True)
+            learn.fit(4, cbs=list(cbs))
+            return sum(n for (kind,line),n in seen.items() if 'read' in kind)
+    cb = AdaptEmbedP()
+    assert reads(cb)-reads()==2*len(cb.history)==40
+
+# Resumed, and in several processes
+
+class Stop(Callback):
+    order = 2000
+    def __init__(self, at): self.at = at
+    def after_batch(self):
+        if self.training and self.train_iter==self.at: raise KeyboardInterrupt
+
+@pytest.mark.parametrize('at', [13, 50, 62])
+def test_a_resumed_fit_is_bit_equal(at, tmp_path):
+    rule = lambda history: .02*len(history)
+    whole,cb = lm(),AdaptEmbedP(rule=rule)
+    whole.fit_one_cycle(4, 1e-2, cbs=cb)
+    with pytest.raises(KeyboardInterrupt): lm().fit_one_cycle(4, 1e-2, cbs=[AdaptEmbedP(rule=rule), Checkpoint(tmp_path, every=1), Stop(at)])
+    learn,again = lm(),AdaptEmbedP(rule=rule)
+    learn.fit_one_cycle(4, 1e-2, cbs=[again, Checkpoint(tmp_path, state=last_checkpoint(tmp_path)), Stop(None)])
+    assert torch.equal(weights(whole), weights(learn)) and again.history==cb.history and len(cb.history)==20
+
+def test_all_processes_take_what_process_0_measured(tmp_path):
+    script = Path(__file__).with_name('adapt_ranks.py')
+    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', script, tmp_path]
+    res = subprocess.run(list(map(str, cmd)), capture_output=True, text=True, timeout=200)
+    assert res.returncode==0, res.stderr[-2000:]
+    a,b = (torch.load(tmp_path/f'{r}.pth') for r in range(2))
+    assert a['history']==b['history'] and a['ps']==b['ps'] and len(a['history'])==20 and max(a['ps'])>0
+    assert a['own']!=b['own'] and a['refused'] and b['refused']
+
+# What is refused
+
+@pytest.mark.parametrize('max_p', [0, -.1, 1.1, math.nan])
+def test_ceilings_that_are_none(max_p):
+    with pytest.raises(ValueError, match=f'max_p={max_p}'): AdaptEmbedP(max_p)
+
+@pytest.mark.parametrize('control', [0, 0., 1, -.5, 1.5, math.nan])
+def test_shares_that_are_none(control):
+    with pytest.raises(ValueError, match=f'control={control}'): AdaptEmbedP(control=control)
+
+def one_loader():
+    learn = lm()
+    learn.dls = DataLoaders(learn.dls.train)
+    return learn
+
+def test_no_control_data():
+    with pytest.raises(ValueError, match='no control data: the Learner has no validation set'): one_loader().fit(1, cbs=AdaptEmbedP())
+    empty = DataLoader([], bs=4)
+    with pytest.raises(ValueError, match='no control data: its sample has no batch'): lm().fit(1, cbs=AdaptEmbedP(control=empty))
+    with pytest.raises(ValueError, match='no control data: its sample has no batch'): lm().fit(1, cbs=AdaptEmbedP(control=.003))
+    with pytest.raises(ValueError, match='no control data: its sample has no batch'): collab().fit(1, cbs=AdaptEmbedP(control=.001))
+
+def test_a_share_needs_items():
+    learn = lm()
+    learn.dls = DataLoaders(torch.utils.data.DataLoader(range(8)), learn.dls.valid)
+    with pytest.raises(ValueError, match='control=0.5 needs a fastai loader of items'): learn.fit(1, cbs=AdaptEmbedP(control=.5))
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf])
+@pytest.mark.parametrize('which', [0, 1])
+def test_a_loss_that_is_no_number(bad, which, monkeypatch):
+    values = [1., 1.]
+    values[which] = bad
+    answers = iter([1., 1., *values])
+    monkeypatch.setattr(adapt, 'eval_loss', lambda *_: next(answers))
+    with pytest.raises(ValueError, match='training loss and control loss are .* at 10% of the fit'): fitted(lm, AdaptEmbedP())
+
+def test_a_rule_that_leaves_0_to_1():
+    with pytest.raises(ValueError, match='embed_p'): fitted(lm, AdaptEmbedP(rule=lambda history: 1.5))
+
+def test_nothing_to_adapt():
+    with pytest.raises(ValueError, match="'drop_p'"): fitted(lm, AdaptEmbedP(key='drop_p'))
+
+def test_plot():
+    cb = AdaptEmbedP(rule=lambda history: .02*len(history))
+    with pytest.raises(ValueError, match='nothing was measured yet'): cb.plot()
+    fitted(lm, cb)
+    ax = cb.plot()
+    pcts,ps,train,control = map(list, zip(*cb.history))
+    assert [(l.get_xdata().tolist(), l.get_ydata().tolist(), l.get_label()) for l in ax.lines]==[
+        (pcts, control, 'control loss'), (pcts, train, 'training loss')]
+    twin = next(o for o in ax.figure.axes if o is not ax)
+    assert twin.lines[0].get_ydata().tolist()==ps and cb.plot(ax) is ax
