@@ -171,7 +171,8 @@ def test_glob_needs_the_whole_name():
     assert len(find_dropouts(m, 'p'))==1+SMALL['n_layers']+1
 
 def test_no_match_names_attribute_and_model(learn):
-    with pytest.raises(ValueError, match="SequentialRNN has 'drop_p'"): learn.fit(1, cbs=DropoutScheduler({'drop_p':f}))
+    with pytest.raises(ValueError, match=f"no module of {type(learn.model).__name__} has 'drop_p'"):
+        learn.fit(1, cbs=DropoutScheduler({'drop_p':f}))
 
 @pytest.mark.parametrize('sched,msg', [(lambda pct: .5/pct, 'division by zero'), (lambda pct: 2., 'embed_p=2.0'),
                                        (lambda pct: float('nan'), 'embed_p=nan'), (lambda pct: None, 'NoneType')])
@@ -248,7 +249,7 @@ def test_drop_mult_above_one_is_named(learn):
 
 def test_drop_mult_needs_a_dropout(learn):
     for m,a in drop_attrs(learn.model): setattr(m, a, 0.)
-    with pytest.raises(ValueError, match='no module of SequentialRNN has a dropout probability'):
+    with pytest.raises(ValueError, match=f'no module of {type(learn.model).__name__} has a dropout probability'):
         learn.fit(1, cbs=AnnealDropMult(1, .5))
 
 def test_history_file_has_a_column(learn, tmp_path):

@@ -13,6 +13,7 @@ def test_named_schedules_golden_values():
     assert golden(SchedEarly(.4, .5))==[.4, .2, 0, 0, 0]
     assert golden(SchedLate(.2, .5))==[0, 0, .2, .2, .2]
     assert golden(SchedCurriculum(.4, 4))==[0, .252848, .345866, .380085, .392674]
+    assert golden(SchedCurriculum(.4, .5))==[0, .047001, .08848, .125084, .157388]
     assert golden(SchedPiecewise([(0,0), (.25,.5), (1,.2)]))==[0, .5, .4, .3, .2]
 
 def test_curriculum_is_morerios():
