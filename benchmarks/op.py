@@ -87,7 +87,8 @@ def op_row(size, args):
     rounds = [asked('ms', size, args) for _ in range(args.rounds)]
     def ratio(a, b): return f'{median(r[a]/r[b] for r in rounds):.2f}' if a in rounds[0] else ''
     ms = {k:median(r[k] for r in rounds) for k in rounds[0]}
-    return {**settings_of(size, args), 'over_plain':ratio('ours', 'plain'), 'fastai_over_plain':ratio('fastai', 'plain'),
+    ratios = dict(over_plain=ratio('ours', 'plain'), fastai_over_plain=ratio('fastai', 'plain'))
+    return {**settings_of(size, args), **ratios,
             **{f'{k}_ms':f'{ms[k]:.3f}' if k in ms else '' for k in names}}
 
 def memory_row(size, args):
@@ -109,7 +110,7 @@ def profile_row(size, args):
     words = torch.randint(0, size.V, (size.bs, size.seq_len), device=args.device)
     drop = EmbeddingDropout(emb, .1)
     mask,seed = drop._row_mask(words, emb.weight),drop._draw_seed()
-    modules = dict(plain=emb, masked=lambda words: emb(words)*mask, ours=drop)
+    modules = dict(plain=emb, masked=lambda words: emb(words).mul_(mask), ours=drop)
     parts = dict(mask=lambda: drop._row_mask(words, emb.weight), hash=lambda: splitmix64(words, seed))
     ms = interleave({**{k:stepper(m, emb, words) for k,m in modules.items()}, **parts}, 20*args.runs, args.device)
     return dict(V=size.V, D=size.D, tokens=words.numel(), **{f'{k}_ms':f'{v:.3f}' for k,v in ms.items()})
