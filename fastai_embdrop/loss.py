@@ -61,7 +61,9 @@ def _low_precision_loss(x, w, b, targ, dtype):
 class LazyLM(SequentialRNN):
     "fastai's language model, whose next training call leaves out the logits if `leave_out` is set"
     leave_out = False
-    def forward(self, x):
+    def forward(self,
+        x:torch.Tensor # Word ids, shape (batch, time)
+    )->tuple: # Logits or what they are made of, and hidden states before and after dropout
         leave_out = self.leave_out and self.training
         if self.leave_out: self.leave_out = False
         if not leave_out: return super().forward(x)

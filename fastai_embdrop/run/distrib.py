@@ -44,7 +44,9 @@ class LMDistributedDL(DistributedDL):
         rank_of = lambda i: i%self.dl.bs//self.bs # item i is row `i%bs` of a batch of all ranks
         return [i for i in self.dl.get_idxs() if rank_of(i)==self.rank]
 
-    def create_batches(self, samps):
+    def create_batches(self,
+        samps # Numbers of items, as `get_idxs` gives them
+    ):
         rows = map(self.dl.do_item, samps)
         return map(self.dl.do_batch, chunked(rows, self.bs))
 
