@@ -47,7 +47,7 @@ def without_dropout(ctx, bs=4):
     with ctx(learn), learn.no_logging(), learn.no_bar():
         random.seed(5)
         learn.fit(1, 1e-2)
-        return dict(hidden=learn.no_logits.on, weights=weights(learn), values=list(learn.recorder.values),
+        return dict(hidden=learn.no_logits.left_out, weights=weights(learn), values=list(learn.recorder.values),
                     validated=list(learn.validate()))
 
 def held(ctx):
