@@ -102,8 +102,8 @@ def eval_loss(
         learn.model.eval()
         learn.training = False
         if hasattr(learn.model, 'reset'): learn.model.reset()
-        losses = [_batch_loss(learn, b) for b in batches]
-        return sum(loss*n for loss,n in losses).item()/sum(n for _,n in losses)
+        losses,sizes = zip(*[_batch_loss(learn, b) for b in batches])
+        return torch.stack([loss*n for loss,n in zip(losses, sizes)]).sum().item()/sum(sizes)
 
 # %% ../nbs/06_adapt.ipynb #2203ea3c
 def _hold_out_text(dl, share):
