@@ -28,9 +28,9 @@ def check_p(
 
 def check_per(
     per:str, # Which positions share a mask: 'batch', 'sequence' or 'token'
-    hold:bool=False # Is one mask to be kept over several calls?
+    hold:bool=False # Keep one mask over several calls?
 )->str: # `per`
-    "`per`, or a `ValueError` if it is none of the three or leaves nothing to hold"
+    "`per`, or a `ValueError` if it is none of the three, or if with `hold` no positions share a mask"
     if per not in ('batch','sequence','token'): raise ValueError(f"per={per!r}: it is 'batch', 'sequence' or 'token'")
     if hold and per=='token': raise ValueError("hold=True needs words that share a mask: with per='token' none do")
     return per
@@ -51,8 +51,8 @@ def _table_mask(words, w, p):
 
 # %% ../nbs/00_dropout.ipynb #3f077d71
 def _hash_threshold(p):
-    "The int64 that a fraction `p` of all int64 lies below"
-    return min(int(p*2**64) - 2**63, 2**63-1) # for p=1 it would be one too many
+    "The int64 below which a fraction `p` of all int64 values lies"
+    return min(int(p*2**64) - 2**63, 2**63-1) # without `min`, p=1 would overflow by one
 
 class _EmbedP(nn.Module):
     "A probability `embed_p`: a Python number, and two tensors on the device of the weight `w`"
@@ -83,8 +83,9 @@ class _PlacedP(_EmbedP):
     "Its tensors go where the weight goes"
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        has_value = not self._scale.is_meta
-        self._move_to(fn(self._scale if has_value else torch.zeros_like(self._scale, device='cpu')))
+        scale = self._scale
+        if scale.is_meta: scale = torch.zeros_like(scale, device='cpu') # a meta tensor has no value to move
+        self._move_to(fn(scale))
         return self
 
     def _follow(self, w):
@@ -116,7 +117,7 @@ class _HeldSeed(_PlacedP):
 max_table_draw = 2**19 # above this vocabulary size, always use the hashed draw
 
 class RowDropout(_HeldSeed):
-    "Draws masks for rows, with probability `embed_p`; `per` says who shares one, `hold` whether it is kept"
+    "Draws masks for rows, with probability `embed_p`; `per` says which positions share one, `hold` whether it is kept"
     def __init__(self,
         embed_p:float, # Probability of dropping a row, in [0, 1]
         per:str, # Which positions share a mask: 'batch', 'sequence' or 'token'
@@ -128,8 +129,8 @@ class RowDropout(_HeldSeed):
         self.per,self.hold = per,hold
 
     def _row_mask(self, words, w):
-        "What to multiply the embeddings of `words` by, shape (*words.shape, 1); None for nothing"
-        compiling = torch.compiler.is_compiling() # the graph must also do for other values of `embed_p`
+        "The mask for the embeddings of `words`, shape (*words.shape, 1); None if nothing is to be dropped"
+        compiling = torch.compiler.is_compiling() # one graph serves every `embed_p`, also 0
         is_dropping = self.training and (compiling or self.embed_p>0)
         if not is_dropping: return None
         table_will_do = self.per=='batch' and not self.hold and not compiling
@@ -149,7 +150,7 @@ class EmbeddingDropout(RowDropout):
     def __init__(self,
         emb:nn.Embedding, # Embedding of V words in D dimensions; it keeps its weight, hooks and options
         embed_p:float, # Probability of dropping a word, in [0, 1]; may be assigned at any time
-        per:str='batch', # Who shares a mask: 'batch' (Merity et al.), 'sequence' (Gal & Ghahramani 2016) or 'token'
+        per:str='batch', # Which positions share a mask: 'batch' (Merity et al.), 'sequence' (Gal, Ghahramani) or 'token'
         hold:bool=False # Keep one mask over all calls until `reset()`?
     ):
         super().__init__(embed_p, per, hold, _weight_of(emb))
@@ -172,10 +173,10 @@ class EmbeddingDropout(RowDropout):
 # %% ../nbs/00_dropout.ipynb #7bb8cb71
 def _weight_of(emb):
     "The weight of `emb`; a `TypeError` if words cannot be dropped from what it returns"
-    if isinstance(emb, nn.EmbeddingBag): raise TypeError(f'emb={emb}: it has summed the words; use an nn.Embedding')
+    if isinstance(emb, nn.EmbeddingBag): raise TypeError(f'emb={emb}: it sums the words; use an nn.Embedding')
     w = getattr(emb, 'weight', None)
     is_table = isinstance(emb, nn.Module) and isinstance(w, torch.Tensor) and w.ndim==2
-    if not is_table: raise TypeError(f'emb={emb!r}: an nn.Embedding, or a module like it with a weight of shape (V, D)')
+    if not is_table: raise TypeError(f'emb={emb!r}: use an nn.Embedding, or one like it with a weight of shape (V, D)')
     return w
 
 def _check_ids(words, w):
@@ -185,14 +186,14 @@ def _check_ids(words, w):
 _global_hooks = nn_module._global_forward_hooks, nn_module._global_backward_hooks, nn_module._global_backward_pre_hooks
 
 def _is_fresh(emb):
-    "Is what `emb` returns a new tensor that only we have, and may change in place?"
+    "Does `emb` return a new tensor that nothing else refers to, so that it may be changed in place?"
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active(): return False
     is_lookup = type(emb).forward is nn.Embedding.forward and 'forward' not in vars(emb)
     hooks = emb._forward_hooks, emb._backward_hooks, emb._backward_pre_hooks
     return is_lookup and not any(hooks) and not any(_global_hooks)
 
 def _scale_of(t, words):
-    "What `t`, which broadcasts to the (V, D) table, says of each of `words`"
+    "The factors for `words` from `t`, which broadcasts to the (V, D) table"
     is_per_word = isinstance(t, torch.Tensor) and t.ndim==2 and len(t)>1
     return F.embedding(words, t) if is_per_word else t
 
@@ -225,4 +226,5 @@ def mask_keys(
     is_one_sequence = words.ndim<2
     if per=='batch' or is_one_sequence: return words
     sequence = torch.arange(len(words), device=words.device)
-    return words + n*sequence.view(-1, *[1]*(words.ndim-1))
+    other_dims = (1,)*(words.ndim-1)
+    return words + n*sequence.view(-1, *other_dims)

@@ -136,7 +136,7 @@ def test_bad_index_changes_nothing(bad, max_norm):
 def test_float_words_are_torchs_error():
     with pytest.raises(RuntimeError): small()(torch.tensor([1.]))
 
-no_embeddings = [(10, 'emb=10: an nn.Embedding'), (nn.EmbeddingBag(10, D), 'it has summed the words'),
+no_embeddings = [(10, 'emb=10: use an nn.Embedding'), (nn.EmbeddingBag(10, D), 'it sums the words'),
                  (nn.LayerNorm(D), r'emb=LayerNorm.* with a weight of shape'), (torch.zeros(10, D), 'an nn.Embedding')]
 @pytest.mark.parametrize('emb,msg', no_embeddings)
 def test_what_is_no_embedding_is_refused(emb, msg):

@@ -28,7 +28,7 @@ VALUES = {
     'assigned below 0':     (lambda: setattr(drop(), 'embed_p', -.1), 'embed_p=-0.1: a probability'),
     'unknown per':          (lambda: drop(per='word'), "per='word': it is 'batch', 'sequence' or 'token'"),
     'held tokens':          (lambda: drop(per='token', hold=True), "hold=True needs words that share a mask"),
-    'sizes, no embedding':  (lambda: EmbeddingDropout(10000, 50), 'emb=10000: an nn.Embedding'),
+    'sizes, no embedding':  (lambda: EmbeddingDropout(10000, 50), 'emb=10000: use an nn.Embedding'),
     'an EmbeddingBag':      (lambda: EmbeddingDropout(nn.EmbeddingBag(10, 4), .5), 'use an nn.Embedding'),
     'no embedding':         (lambda: add_embedding_dropout(nn.Linear(2, 2), .1), 'no nn.Embedding without dropout'),
     'only of nothing':      (lambda: add_embedding_dropout(nn.Sequential(emb), .1, only='user'), "only='user' matches"),
