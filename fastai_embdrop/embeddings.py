@@ -21,7 +21,7 @@ def add_embedding_dropout(
     model:nn.Module, # Any model; it is changed in place
     embed_p:float, # Probability of dropping a row, in [0, 1]
     per:str='batch', # Which positions share a mask, see `EmbeddingDropout`
-    only:str|re.Pattern|Callable|None=None # Names: a glob, a pattern, a predicate (None: all but single columns)
+    only:str|re.Pattern|Callable|None=None # Which, by name: glob, regex or predicate (None: all but one-column tables)
 )->dict: # From qualified name to the module that has `embed_p`
     "Drop rows (Merity et al. 2017, section 4.3) of the `nn.Embedding`s of `model`; `ValueError` if there are none"
     check_p(embed_p)
@@ -39,12 +39,14 @@ def _candidates(model):
     "What can get dropout, by qualified name: embeddings, and fastai's `EmbeddingDropout` instead of what it wraps"
     wrapped = {id(m.emb) for m in model.modules() if isinstance(m, EmbeddingDropout) or _is_fastais(m)}
     is_free = lambda m: isinstance(m, nn.Embedding) and id(m) not in wrapped
-    return {n:m for n,m in model.named_modules() if is_free(m) or (n and _is_fastais(m))}
+    is_replaceable = lambda n,m: n!='' and _is_fastais(m) # the model itself, named '', has no parent
+    return {n:m for n,m in model.named_modules() if is_free(m) or is_replaceable(n, m)}
 
 def _is_chosen(name, m, only):
     if only is None: return _is_fastais(m) or m.embedding_dim>1
     if isinstance(only, str): return fnmatchcase(name, only)
-    return bool(only.search(name) if isinstance(only, re.Pattern) else only(name))
+    if isinstance(only, re.Pattern): return bool(only.search(name))
+    return bool(only(name))
 
 # %% ../nbs/01_embeddings.ipynb #14813967
 def _why_none(found, only):
@@ -58,7 +60,7 @@ _position = re.compile(r'(^|[._])(w?pos|wpe|position)', re.I)
 def _warn_of_positions(names):
     positions = [n for n in names if _position.search(n)]
     if not positions: return
-    warnings.warn(f'{positions} look like position embeddings: name the others with `only` to leave them alone')
+    warnings.warn(f'{positions} look like position embeddings: to leave these alone, name the others with `only`')
 
 # %% ../nbs/01_embeddings.ipynb #5f99edfa
 def _first(args, kwargs): return [*args, *kwargs.values()][0]
@@ -69,17 +71,17 @@ def _check_first(emb, args, kwargs):
 
 def _drop_rows(emb, args, kwargs, res):
     "Forward hook: `res`, the embeddings, with rows dropped"
-    if 'embed_p' in vars(emb): raise AttributeError('`embed_p` is to be assigned to the `row_dropout` of the embedding')
+    if 'embed_p' in vars(emb): raise AttributeError('assign `embed_p` to the `row_dropout` of the embedding')
     mask = emb.row_dropout._row_mask(_first(args, kwargs), emb.weight)
     return res if mask is None else res*mask
 
 def _hook(emb, embed_p, per):
-    "Give `emb` row dropout, in place of the one that it may have"
+    "Give `emb` row dropout, which replaces the one from an earlier call"
     if hasattr(emb, 'row_dropout'): _unhook(emb)
     emb.row_dropout = RowDropout(embed_p, per, False, emb.weight).train(emb.training)
     pre = emb.register_forward_pre_hook(_check_first, with_kwargs=True)
     post = emb.register_forward_hook(_drop_rows, with_kwargs=True, prepend=True)
-    emb.row_dropout._handles = pre,post # kept by the child, so that copies and pickles can remove theirs
+    emb.row_dropout._handles = pre,post # kept by the child, so that a copy or a pickle can remove its own hooks
     return emb.row_dropout
 
 # %% ../nbs/01_embeddings.ipynb #aec1ae8a
