@@ -1,6 +1,11 @@
-"""A training step of fastai's default AWD-LSTM language model: fastai's learner against ours, with logits and without; before it decoder and loss alone, over chunk sizes; after it where the time goes.
+"""A training step of fastai's default AWD-LSTM language model: fastai's learner against ours, with and without logits.
 
-Each step is timed from the batch to the zeroed gradients, all callbacks included, in a process that trains one learner and nothing else; the processes of a round run one after another. `extra_mb` is the peak of the process's memory during the training steps above what it held before the first: gradients and Adam's state are in it, as both need them. `system_s` are the processor's seconds, over all threads, that the kernel took of a step: on a CPU, for pages of memory."""
+Before it decoder and loss alone, over chunk sizes; after it where the time goes. Each step is timed from the batch to the
+zeroed gradients, all callbacks included, in a process that trains one learner and nothing else; the processes of a round
+run one after another. `extra_mb` is the peak of the process's memory during the training steps above what it held before
+the first: gradients and Adam's state are in it, as both need them. `system_s` are the processor's seconds, over all
+threads, that the kernel took of a step: on a CPU, for pages of memory.
+"""
 import json, os, re, subprocess, sys, time
 from collections import Counter
 from statistics import median
@@ -11,7 +16,8 @@ from fastai.text.all import AWD_LSTM, Callback, DataLoader, DataLoaders, languag
 from fastai_embdrop.awdlstm import awd_lstm_learner
 from benchmarks.common import Memory, arguments, interleave, report, sync
 
-kinds = {'fastai':lambda dls: language_model_learner(dls, AWD_LSTM, pretrained=False), 'with logits':lambda dls: awd_lstm_learner(dls, keep_logits=True),
+kinds = {'fastai':lambda dls: language_model_learner(dls, AWD_LSTM, pretrained=False),
+         'with logits':lambda dls: awd_lstm_learner(dls, keep_logits=True),
          'ours':awd_lstm_learner}
 
 class Watch(Callback):
@@ -32,12 +38,13 @@ class Watch(Callback):
 def loaders(V, bs, seq_len, n, device):
     "`n` batches of random ids"
     items = [tuple(torch.randint(V, (2, bs, seq_len))) for _ in range(n)]
-    dls = DataLoaders(*(DataLoader(range(k), bs=None, create_item=items.__getitem__, num_workers=0) for k in (n,1)), device=device)
+    def loader(k): return DataLoader(range(k), bs=None, create_item=items.__getitem__, num_workers=0)
+    dls = DataLoaders(loader(n), loader(1), device=device)
     dls.vocab = [f'w{i}' for i in range(V)]
     return dls
 
 def one_process(kind, V, bs, seq_len, steps, device):
-    "Train `kind` for a warm-up step and `steps` more, in bf16 on a card; print median seconds, the kernel's, and peak MB"
+    "Train `kind` for a warm-up step and `steps` more, in bf16 on a card; print median seconds, the kernel's, peak MB"
     learn,watch = kinds[kind](loaders(V, bs, seq_len, steps+1, device)),Watch(device)
     if device.startswith('cuda'): learn.to_bf16()
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=watch)
@@ -48,19 +55,28 @@ def step_rows(V, args):
     res = {k:[] for k in kinds}
     for _ in range(args.rounds):
         for k in kinds:
-            cmd = [sys.executable, '-W', 'ignore', '-m', 'benchmarks.lm_step', '--one', f'{k},{V},{args.bs},{args.seq_len},{args.steps}', '--device', args.device]
-            res[k].append(json.loads(subprocess.run(cmd, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]))
+            one = f'{k},{V},{args.bs},{args.seq_len},{args.steps}'
+            cmd = [sys.executable, '-W', 'ignore', '-m', 'benchmarks.lm_step', '--one', one, '--device', args.device]
+            printed = subprocess.run(cmd, stdout=subprocess.PIPE, text=True, check=True).stdout
+            res[k].append(json.loads(printed.splitlines()[-1]))
     s,system,mb = ({k:median(o[i] for o in v) for k,v in res.items()} for i in range(3))
-    return [dict(V=V, tokens=args.bs*args.seq_len, learner=k, step_s=f'{s[k]:.3f}', time_over_fastai=f"{s[k]/s['fastai']:.2f}",
-                 slowest_s=f'{max(o[0] for o in res[k]):.3f}', system_s=f'{system[k]:.2f}', extra_mb=f'{mb[k]:.0f}', memory_over_fastai=f"{mb[k]/mb['fastai']:.2f}") for k in kinds]
+    slowest = {k:max(o[0] for o in v) for k,v in res.items()}
+    return [dict(V=V, tokens=args.bs*args.seq_len, learner=k,
+                 step_s=f'{s[k]:.3f}', time_over_fastai=f"{s[k]/s['fastai']:.2f}",
+                 slowest_s=f'{slowest[k]:.3f}', system_s=f'{system[k]:.2f}',
+                 extra_mb=f'{mb[k]:.0f}', memory_over_fastai=f"{mb[k]/mb['fastai']:.2f}") for k in kinds]
 
 def loss_rows(V, args, D=400):
-    "Decoder and loss alone, forward and backward: one row for each number of rows at a time; `logits` is all of them in two steps, as fastai does it, `auto` torch's choice"
+    """Decoder and loss alone, forward and backward: one row for each number of rows at a time
+
+    `logits` is all of them in two steps, as fastai does it, `auto` torch's choice."""
     if not hasattr(F, 'linear_cross_entropy'): return []
     dtype = torch.bfloat16 if args.device.startswith('cuda') else torch.float32
     n,make = args.bs*args.seq_len,dict(device=args.device, dtype=dtype, requires_grad=True)
-    x,w,b,y = torch.randn(n, D, **make),torch.randn(V, D, **make),torch.zeros(V, **make),torch.randint(V, (n,), device=args.device)
-    options = {'logits':None, 'auto':nn.LinearCrossEntropyOptions(), **{c:nn.LinearCrossEntropyOptions(batch_chunk_size=c) for c in (128,256,512,1024,2048)}}
+    x,w,b = torch.randn(n, D, **make),torch.randn(V, D, **make),torch.zeros(V, **make)
+    y = torch.randint(V, (n,), device=args.device)
+    chunks = {c:nn.LinearCrossEntropyOptions(batch_chunk_size=c) for c in (128,256,512,1024,2048)}
+    options = {'logits':None, 'auto':nn.LinearCrossEntropyOptions(), **chunks}
     def step(o):
         x.grad = w.grad = b.grad = None
         F.linear_cross_entropy(x, w, y, linear_bias=b, options=o).backward()
@@ -75,12 +91,20 @@ class Profile(Callback):
         self.prof.start()
     def after_batch(self): self.prof.stop()
 
-parts = {'products of the decoder':'aten::(mm|addmm_?)', 'LSTMs':'aten::mkldnn_rnn.*|aten::_cudnn_rnn.*', 'all else':'.*'}
+parts = {'products of the decoder':'aten::(mm|addmm_?)',
+         'LSTMs':'aten::mkldnn_rnn.*|aten::_cudnn_rnn.*',
+         'all else':'.*'}
 
 def flops(model, tokens):
-    "Floating-point operations of the products in a step, by part: two for each weight and token, forward and twice backward"
-    rnns,decoder = model[0].rnns,model[1].decoder
-    return {'products of the decoder':6*tokens*decoder.weight.numel(), 'LSTMs':6*tokens*sum(4*m.hidden_size*(m.input_size+m.hidden_size) for m in rnns.modules() if isinstance(m, nn.LSTM))}
+    """Floating-point operations of the products in a step, by part
+
+    Two for each weight and token, forward and twice backward."""
+    decoder = model[1].decoder
+    lstms = [m for m in model[0].rnns.modules() if isinstance(m, nn.LSTM)]
+    weights = sum(4*m.hidden_size*(m.input_size+m.hidden_size) for m in lstms)
+    return {'products of the decoder':6*tokens*decoder.weight.numel(), 'LSTMs':6*tokens*weights}
+
+def part_of(operation): return next(k for k,o in parts.items() if re.fullmatch(o, operation))
 
 def square_gflops(n, device):
     "What a product of two square matrices reaches"
@@ -93,12 +117,16 @@ def profile_rows(V, args):
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=watch)
     ms,fs = Counter(),flops(learn.model, args.bs*args.seq_len)
     own = 'self_device_time_total' if args.device.startswith('cuda') else 'self_cpu_time_total'
-    for e in watch.prof.key_averages(): ms[next(k for k,o in parts.items() if re.fullmatch(o, e.key))] += getattr(e, own)/1000
-    rows = [dict(V=V, part=k, ms=f'{ms[k]:.0f}', share=f'{ms[k]/ms.total():.2f}', gflops=f'{fs[k]/ms[k]/1e6:.0f}' if k in fs else '') for k in parts]
-    return rows + [dict(V=V, part='a product of 2048 x 2048 by itself', ms='', share='', gflops=f'{square_gflops(2048, args.device):.0f}')]
+    for e in watch.prof.key_averages(): ms[part_of(e.key)] += getattr(e, own)/1000
+    gflops = {k:f'{fs[k]/ms[k]/1e6:.0f}' for k in fs}
+    rows = [dict(V=V, part=k, ms=f'{ms[k]:.0f}', share=f'{ms[k]/ms.total():.2f}', gflops=gflops.get(k, ''))
+            for k in parts]
+    square = f'{square_gflops(2048, args.device):.0f}'
+    return rows + [dict(V=V, part='a product of 2048 x 2048 by itself', ms='', share='', gflops=square)]
 
 def main():
-    args = arguments(__doc__.splitlines()[0], rounds=3, steps=4, runs=5, bs=64, seq_len=72, sizes='33000,60000', only='', one='')
+    args = arguments(__doc__.splitlines()[0], rounds=3, steps=4, runs=5, bs=64, seq_len=72, sizes='33000,60000',
+                     only='', one='')
     if args.one:
         kind,*sizes = args.one.split(',')
         return one_process(kind, *map(int, sizes), args.device)
