@@ -1,6 +1,6 @@
-"""A fit that is killed at any point resumes where it was, to the same bits
+"""A killed fit resumes from its last checkpoint and, on a CPU, ends with the same bits as an uninterrupted one
 
-To resume exactly, a checkpoint must hold everything that the next batch depends on: weights, optimizer and schedules, but also the LSTM's hidden state, gradients that wait for their step, the smoothed loss, every random number generator, and the order of the texts before the epoch shuffled them. `Checkpoint` is a callback for any fit of fastai's. On a CPU in float32, a resumed fit ends with exactly the weights and the record of an uninterrupted one.
+To resume exactly, a checkpoint must hold everything that the next batch depends on: weights, optimizer and schedules, but also the LSTM's hidden state, gradients that no step has used yet, the smoothed loss, the state of every random number generator, and the order of the texts before the epoch shuffled them. `Checkpoint` is a callback that saves all of this in any fastai fit. On a CPU in float32, a resumed fit ends with exactly the weights and the recorded values of an uninterrupted one.
 
 Docs: https://fastai-embdrop.github.io/fastai_embdrop/run/checkpoint.html.md"""
 
@@ -31,16 +31,18 @@ from .files import check_weights,write_atomic
 
 # %% ../../nbs/run/03_checkpoint.ipynb #4b129b15
 class Checkpoint(Callback):
-    "Save the state of a fit to `folder`, at the end of an epoch's training and after `every` batches; resume from `state`"
-    order = 1000 # after every callback that keeps a state
+    "Save a fit to `folder` at the end of each epoch's training and after every `every` batches; resume from `state`"
+    order = 1000 # after all other callbacks, so that it saves what they did in the batch
     def __init__(self,
-        folder:str|Path, # Where the two `checkpoint_files` are
+        folder:str|Path, # Where to write the two `checkpoint_files`
         every:int=0, # Also save after this many batches (0: only at the end of each epoch's training)
-        state:dict|None=None, # From `last_checkpoint`: where to resume (None: begin)
-        info=None # Plain data to keep in the file
+        state:dict|None=None, # Where to resume, from `last_checkpoint` (None: start at the beginning)
+        info=None # Your own plain data, saved in the file
     ):
         self.folder,self.every,self.resume_from,self.info = Path(folder),every,state,info
-        self.signal,self.finished,self.named = None,[],set()
+        self.signal   = None  # a signal that waits for the end of its batch
+        self.finished = []    # number of epochs of each fit that has ended
+        self.named    = set() # attributes that `_warn_left_out` has named
 
 @patch
 def _is_due(self:Checkpoint):
@@ -50,12 +52,12 @@ def _is_due(self:Checkpoint):
     return last or regular or self.signal is not None
 
 # %% ../../nbs/run/03_checkpoint.ipynb #5a1dd661
-_tag = '__type__' # key of a dict that stands for an object of another type
+_tag = '__type__' # key that marks a dict as an encoded object, and names its type
 
 def to_plain(
     o # Any object
 ): # Numbers, text, tensors on the CPU, and lists, tuples and dicts of them
-    "`o` in types that `torch.load(weights_only=True)` reads, for `from_plain`; a `TypeError` if it holds others"
+    "Convert `o` to types that `torch.load(weights_only=True)` reads; a `TypeError` if it holds data of other types"
     if isinstance(o, np.generic): o = o.item()
     if o is None or type(o) in (bool,int,float,str): return o
     if isinstance(o, Tensor): return _plain_tensor(o)
@@ -94,10 +96,10 @@ def _plain_tensor(t):
 
 # %% ../../nbs/run/03_checkpoint.ipynb #569a58c8
 def from_plain(
-    o, # From `to_plain`
+    o, # Result of `to_plain`
     device:str|torch.device='cpu' # Where to put tensors that were not on the CPU
-): # What `to_plain` got
-    "The object that `to_plain` made `o` of"
+): # What `to_plain` was given
+    "Convert `o` back: the inverse of `to_plain`"
     if type(o) in (list,tuple): return type(o)(from_plain(x, device) for x in o)
     if not isinstance(o, dict): return o
     if _tag not in o: return type(o)((from_plain(k, device), from_plain(v, device)) for k,v in o.items())
@@ -111,26 +113,26 @@ def from_plain(
 def _random_states(): return to_plain(get_random_states())
 
 def _set_random_states(states):
-    "Restore `states`; those of cards that are no longer visible are left out"
+    "Restore `states`, except the states of GPUs that are no longer visible"
     states = from_plain(states)
-    cards = states['torch_cuda_state'][:torch.cuda.device_count()]
-    set_random_states(**{**states, 'torch_cuda_state':cards})
+    visible = states['torch_cuda_state'][:torch.cuda.device_count()]
+    set_random_states(**{**states, 'torch_cuda_state':visible})
 
 def _loader_state(dl):
-    "What the order of `dl`'s next epoch follows from: the generators, and the order of its texts"
+    "What determines the order of `dl`'s next epoch: the generators, and the order that its texts have now"
     order = list(dl.items.idxs) if isinstance(getattr(dl, 'items', None), ReindexCollection) else None
     own = dl.rng.getstate() if isinstance(getattr(dl, 'rng', None), random.Random) else None
     return dict(rng=_random_states(), own=to_plain(own), order=to_plain(order))
 
 def _set_loader(dl, state):
-    "Let `dl`'s next epoch be the one that followed `state`"
+    "Make `dl`'s next epoch repeat the one that followed `state`"
     _set_random_states(state['rng'])
     if state['own']   is not None: dl.rng.setstate(from_plain(state['own']))
     if state['order'] is not None: dl.items.idxs[:] = from_plain(state['order'])
 
 # %% ../../nbs/run/03_checkpoint.ipynb #4f74eb40
 class _SkipBatches(GetAttr):
-    "The loader `dl` without its first `n` batches, its length unchanged; `ready` is called when these are drawn"
+    "The loader `dl` without its first `n` batches but with its full length; calls `ready` once they are drawn"
     _default = 'dl'
     def __init__(self, dl, n, ready): self.dl,self.n,self.ready = dl,n,ready
     def __len__(self): return len(self.dl)
@@ -141,27 +143,28 @@ class _SkipBatches(GetAttr):
         yield from batches
 
 class _ResumedIter(Callback):
-    "Let `learn.iter` count the batches that a resumed epoch skips, before any other callback reads it"
+    "Add the batches that a resumed epoch skips to `learn.iter`, before any other callback reads it"
     order,run_valid = -1000,False
     def before_batch(self):
         if isinstance(self.dl, _SkipBatches): self.learn.iter += self.dl.n
 
 # %% ../../nbs/run/03_checkpoint.ipynb #c614d282
 def _attrs(o):
-    "The attributes of a callback, a metric or a module; of a module, only what its state dict lacks"
+    "The attributes of a callback or a metric; for a module, only what its state dict leaves out"
     if not isinstance(o, nn.Module): return vars(o)
-    own,bufs = vars(nn.Module()).keys(),{k:o._buffers[k] for k in o._non_persistent_buffers_set}
-    return {k:v for k,v in vars(o).items() if k not in own} | bufs
+    every_module_has = vars(nn.Module()).keys()
+    buffers = {k:o._buffers[k] for k in o._non_persistent_buffers_set}
+    return {k:v for k,v in vars(o).items() if k not in every_module_has} | buffers
 
 def _remembered(o):
-    "The attributes of `o` that `to_plain` takes"
+    "The attributes of `o` that `to_plain` can convert, converted"
     res = {}
     for k,v in _attrs(o).items():
         with suppress(TypeError): res[k] = to_plain(v)
     return res
 
 def _restore(o, attrs):
-    "Set `attrs`, as `_remembered` names them, on `o`"
+    "Set the attributes `attrs` on `o`"
     for k,v in attrs.items():
         where = o._buffers if k in vars(o).get('_buffers', ()) else vars(o)
         where[k] = v
@@ -169,7 +172,7 @@ def _restore(o, attrs):
 def _other_cbs(learn): return [o for o in learn.cbs if not isinstance(o, (Checkpoint,ProgressCallback,_ResumedIter))]
 
 def _fit_parts(learn):
-    "What remembers something of a fit, by name: callbacks, the metrics that accumulate in training, and modules"
+    "The objects that keep state during a fit, by name: callbacks, metrics that accumulate in training, modules"
     metrics = learn.recorder._train_mets if hasattr(learn, 'recorder') else []
     named = dict(callback=[(o.name,o) for o in _other_cbs(learn)], metric=[(o.name,o) for o in metrics],
                  module=get_model(learn.model).named_modules())
@@ -180,15 +183,16 @@ def _plain_grads(model):
     "The gradients of `model` by name: None, 0 for all zeros, or a tensor"
     grads = {k:p.grad for k,p in model.named_parameters()}
     dense = [k for k,g in grads.items() if g is not None and not g.is_sparse]
-    some = torch.stack([grads[k].any() for k in dense]).cpu().tolist() if dense else []
-    zeros = {k for k,has_some in zip(dense, some) if not has_some}
+    nonzero = torch.stack([grads[k].any() for k in dense]).cpu().tolist() if dense else [] # one copy for all
+    zeros = {k for k,is_nonzero in zip(dense, nonzero) if not is_nonzero}
     return {k: 0 if k in zeros else to_plain(g) for k,g in grads.items()}
 
 def _set_grads(model, grads):
-    "Restore gradients that `_plain_grads` gave"
+    "Restore gradients from `_plain_grads`"
     for k,p in model.named_parameters():
         g = from_plain(grads[k])
-        p.grad = None if g is None else torch.zeros_like(p) if isinstance(g, int) else g.to(p.device)
+        if isinstance(g, int): g = torch.zeros_like(p)
+        p.grad = None if g is None else g.to(p.device)
 
 # %% ../../nbs/run/03_checkpoint.ipynb #75d0213b
 _version = 2
@@ -201,10 +205,10 @@ def _all_ranks(o):
     return res
 
 def _fit_state(learn, start, info):
-    "What the rest of a fit depends on after a batch, as plain data; `start` is the loader's state when the epoch began"
+    "What the rest of a fit depends on after a batch, as plain data; `start` is the loader's state before the epoch"
     model,scaler = get_model(learn.model),getattr(learn, 'scaler', None)
-    own = dict(parts={k:_remembered(o) for k,o in _fit_parts(learn).items()}, start=start, rng=_random_states(),
-               grads=_plain_grads(model))
+    parts = {k:_remembered(o) for k,o in _fit_parts(learn).items()}
+    own = dict(parts=parts, start=start, rng=_random_states(), grads=_plain_grads(model)) # of this process
     return dict(version=_version, info=to_plain(info), size=(learn.n_epoch, learn.n_iter), epoch=learn.epoch,
                 done=learn.iter+1, pct_train=learn.pct_train, train_iter=learn.train_iter, model=model.state_dict(),
                 opt=to_plain(learn.opt.state_dict()), scaler=to_plain(scaler.state_dict()) if scaler else {},
@@ -212,17 +216,18 @@ def _fit_state(learn, start, info):
 
 # %% ../../nbs/run/03_checkpoint.ipynb #5fb34fcd
 def _check_fit(learn, state):
-    "A `ValueError` if `state` is not of a fit like the one that `learn` is in"
+    "Raise a `ValueError` unless `state` is from a fit like the one that `learn` is in"
     size,now = state['size'],(learn.n_epoch, len(learn.dl))
     if size!=now:
-        raise ValueError('the checkpoint is of {} epochs of {} batches, the fit of {} of {}'.format(*size, *now))
+        text = 'the checkpoint is from {} epochs of {} batches, but this fit has {} of {}'
+        raise ValueError(text.format(*size, *now))
     n,now = len(state['ranks']),max(1, num_distrib())
-    if n!=now: raise ValueError(f'the checkpoint is of {n} processes, the fit of {now}')
+    if n!=now: raise ValueError(f'the checkpoint is from {n} processes, but this fit has {now}')
     other = sorted(_fit_parts(learn).keys() ^ state['ranks'][0]['parts'].keys())
-    if other: raise ValueError(f"not the fit of the checkpoint: {', '.join(other)}")
+    if other: raise ValueError(f"only one of this fit and the checkpoint has: {', '.join(other)}")
 
 def _set_fit(learn, state):
-    "Restore all of `state` in `learn` except generators and loader"
+    "Restore `state` in `learn`, except the generators and the loader"
     own,model = state['ranks'][rank_distrib()],get_model(learn.model)
     device = next(model.parameters()).device
     for k,o in _fit_parts(learn).items():
@@ -238,33 +243,35 @@ def _set_fit(learn, state):
 # %% ../../nbs/run/03_checkpoint.ipynb #39bf4cce
 _kinds = complex,bytes,frozenset,date,np.ndarray,random.Random,np.random.Generator,np.random.RandomState
 
-def _mark(o, model):
-    "What differs once data that `to_plain` refuses has changed; None for code, and for what is in `model`"
-    if isinstance(o, (nn.Module,Tensor)) and o in model: return None
+def _mark(o, in_model):
+    "A value that differs once `o` has changed; None for code, and for the modules and tensors `in_model`"
+    if isinstance(o, (nn.Module,Tensor)) and o in in_model: return None
     if isinstance(o, Tensor): return o._version
     if isinstance(o, torch.Generator): return o.get_state().tolist()
     if isinstance(o, IOBase): return None if 'a' in getattr(o, 'mode', '') else o.tell()
     if isinstance(o, nn.Module): o = [*o.parameters(), *o.buffers()]
     if isinstance(o, dict): o = list(o.items())
     if isinstance(o, (list,tuple,L,set,deque)):
-        marks = [_mark(x, model) for x in o]
+        marks = [_mark(x, in_model) for x in o]
         return marks if any(m is not None for m in marks) else None
-    return pickle.dumps(o) if isinstance(o, _kinds) or type(o) in (bool,int,float,str) else None
+    is_data = isinstance(o, _kinds) or type(o) in (bool,int,float,str)
+    return pickle.dumps(o) if is_data else None
 
 def _left_out(learn, kept):
-    "A mark of each attribute with data that is not among the `kept`, by name"
-    model,res = {*learn.model.modules(), *learn.model.parameters(), *learn.model.buffers()},{}
+    "The marks of the attributes that hold data and are not among the `kept`, by name"
+    in_model = {*learn.model.modules(), *learn.model.parameters(), *learn.model.buffers()}
+    res = {}
     for part,o in _fit_parts(learn).items():
         for k,v in _attrs(o).items():
             if k in kept.get(part, ()): continue
             with suppress(Exception): # a diagnosis must not end a fit
-                mark = _mark(v, model)
+                mark = _mark(v, in_model)
                 if mark is not None: res[f'{type(o).__name__}.{k} ({type(v).__name__})'] = mark
     return res
 
 @patch
 def _warn_left_out(self:Checkpoint, kept):
-    "One warning for data that is not `kept`, once it has changed since the fit began"
+    "Warn once of each attribute that is not `kept` and has changed since the fit began"
     left = _left_out(self.learn, kept)
     changed = [k for k,mark in left.items() if self.marks.get(k)!=mark and k not in self.named]
     self.named.update(changed)
@@ -276,12 +283,12 @@ checkpoint_files = 'checkpoint.pth','checkpoint.prev.pth'
 
 @patch
 def _state(self:Checkpoint):
-    "What the checkpoint after this batch holds: the state of the fit, and the epochs of the fits before it"
+    "The content of a checkpoint: the state of this fit, and the number of epochs of each fit before it"
     return {**_fit_state(self.learn, self.start, self.info), 'finished':list(self.finished)}
 
 @patch
 def save(self:Checkpoint):
-    "Write a checkpoint, and keep the one before it"
+    "Write a checkpoint and keep the one before it"
     state = self._state()
     self._warn_left_out(state['ranks'][rank_distrib()]['parts'])
     self.folder.mkdir(parents=True, exist_ok=True)
@@ -290,7 +297,7 @@ def save(self:Checkpoint):
 
 @patch
 def before_fit(self:Checkpoint):
-    self.run = not (hasattr(self.learn, 'lr_finder') or self.learn.lock.locked()) # neither `lr_find` nor `validate`
+    self.run = not (hasattr(self.learn, 'lr_finder') or self.learn.lock.locked()) # not in `lr_find` or `validate`
     self.start = None
     if not self.run: return
     self.marks = _left_out(self.learn, {})
@@ -308,9 +315,9 @@ def after_batch(self:Checkpoint):
 
 # %% ../../nbs/run/03_checkpoint.ipynb #dfcdcbc0
 def read_checkpoint(
-    path:str|Path # A file of `Checkpoint`'s
+    path:str|Path # A file that `Checkpoint` wrote
 )->dict: # The state of a fit
-    "The state in `path`, read without running code; a `ValueError` if it is damaged, or holds more than plain data"
+    "Read a checkpoint without running code; a `ValueError` if it is damaged or holds more than plain data"
     try:
         check_weights(path)
         state = torch.load(path, map_location='cpu', weights_only=True)
@@ -318,25 +325,25 @@ def read_checkpoint(
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise ValueError(f'{path}: not a whole checkpoint ({reason})') from None
     version = state.get('version') if isinstance(state, dict) else None
-    if version!=_version: raise ValueError(f'{path}: version {version} of a checkpoint, where {_version} is read')
+    if version!=_version: raise ValueError(f'{path}: a checkpoint of version {version}, not {_version}')
     return state
 
 def last_checkpoint(
-    folder:str|Path # Where `Checkpoint` wrote
+    folder:str|Path # The `folder` of a `Checkpoint`
 )->dict|None: # The state of a fit; None if there is no checkpoint
-    "The newest state in `folder`. If it is damaged: a warning and the one before, or a `ValueError` if there is none"
+    "Read the newest checkpoint. If it is damaged, warn and read the one before; a `ValueError` if there is none"
     found = [Path(folder)/f for f in checkpoint_files if (Path(folder)/f).exists()]
     if not found: return None
     *newer,last = found
     for path in newer:
         try: return read_checkpoint(path)
-        except ValueError as e: warnings.warn(f'{e}; {last.name} is taken')
+        except ValueError as e: warnings.warn(f'{e}; using {last.name} instead')
     return read_checkpoint(last)
 
 # %% ../../nbs/run/03_checkpoint.ipynb #1094e767
 @patch
 def _skip_finished(self:Checkpoint):
-    "Skip this fit if the checkpoint is of a later one; else disable the other callbacks until the epoch to resume"
+    "Skip this fit if the checkpoint is from a later one; else disable the other callbacks until the epoch to resume"
     n,fits = len(self.finished),self.resume_from['finished']
     if n<len(fits):
         if self.n_epoch!=fits[n]:
@@ -365,7 +372,7 @@ def after_fit(self:Checkpoint):
 # %% ../../nbs/run/03_checkpoint.ipynb #fc851498
 @patch
 def _resume(self:Checkpoint):
-    "Restore the state, and continue after its last batch"
+    "Restore the state and continue after its last batch"
     state,self.resume_from = self.resume_from,None
     _check_fit(self.learn, state)
     _set_fit(self.learn, state)
@@ -380,9 +387,9 @@ def _resume(self:Checkpoint):
 # %% ../../nbs/run/03_checkpoint.ipynb #6eb1968c
 @contextmanager
 def signal_handlers(
-    handler:callable # A function of (signal number, frame)
+    handler:callable # Called with the signal's number and the stack frame
 ): # The handlers that it replaces, by signal
-    "Inside this context, `handler` gets SIGINT and SIGTERM. In a thread other than the main one nothing changes"
+    "Inside this context, `handler` gets SIGINT and SIGTERM. Outside the main thread, nothing changes"
     in_main = threading.current_thread() is threading.main_thread()
     old = {n: signal.signal(n, handler) for n in (signal.SIGINT,signal.SIGTERM)} if in_main else {}
     try: yield old
@@ -392,7 +399,7 @@ def signal_handlers(
 @patch
 @contextmanager
 def signals(self:Checkpoint):
-    "Inside this context, a SIGINT or SIGTERM waits for a checkpoint after the batch, unless there are several processes"
+    "Inside this context, a first SIGINT or SIGTERM waits for a checkpoint after the batch. Not with several processes"
     if num_distrib()>1:
         yield
         return
@@ -406,17 +413,17 @@ def _on_signal(self:Checkpoint, n, frame):
 
 @patch
 def _stop_now(self:Checkpoint):
-    "Hand the signal to whoever handled it before"
+    "Restore the signal's previous handler and raise the signal again"
     n,self.signal = self.signal,None
     signal.signal(n, self.handlers[n])
     signal.raise_signal(n)
 
 # %% ../../nbs/run/03_checkpoint.ipynb #c635943e
 class CSVHistory(Callback):
-    "fastai's `CSVLogger`, but written anew after each epoch, so that a resumed fit has the rows of its first part"
+    "Like fastai's `CSVLogger`, but rewrites its file after each epoch, so that a resumed fit keeps the rows before it"
     order = CSVLogger.order
     def __init__(self,
-        fname:str='history.csv' # File in the learner's folder
+        fname:str='history.csv' # Name of the file, in the learner's folder
     ): self.fname = fname
 
     def before_fit(self): self.rows = []

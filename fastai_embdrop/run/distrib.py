@@ -1,6 +1,6 @@
-"""Train a language model on several GPUs or in several CPU processes: each rank has its own rows and masks, all share one `embed_p`
+"""Train a language model on several GPUs or in several CPU processes: each process reads its own rows and draws its own masks, and all share one `embed_p`
 
-Inside `lm_distrib_ctx(learn)`, a `Learner` trains a language model with `DistributedDataParallel`. Each process reads batches of `bs` rows, so one step learns from `bs` rows times the number of processes. Start the processes with `torchrun --nproc_per_node=2 script.py`. This builds on fastai's [`distrib_ctx`](https://docs.fast.ai/distributed.html) and, like it, needs `pip install accelerate`.
+Inside `lm_distrib_ctx(learn)`, a `Learner` trains a language model with `DistributedDataParallel`. Each process, called a rank, reads batches of `bs` rows, so with two ranks each step learns from `2*bs` rows. Start the processes with `torchrun --nproc_per_node=2 script.py`. This builds on fastai's [`distrib_ctx`](https://docs.fast.ai/distributed.html) and, like it, needs `pip install accelerate`.
 
 Docs: https://fastai-embdrop.github.io/fastai_embdrop/run/distrib.html.md"""
 
@@ -22,16 +22,16 @@ from fastai.torch_core import default_device, num_distrib, rank_distrib
 
 # %% ../../nbs/run/04_distrib.ipynb #53a4e080
 class LMDistributedDL(DistributedDL):
-    "One rank's rows of the text: `dl.bs` of the `dl.bs` x `world_size` rows of each batch"
+    "One rank's share of the text: `dl.bs` of the `dl.bs * world_size` rows of each batch"
     _default = 'dl'
     def __init__(self,
-        dl:LMDataLoader, # Loader of the whole text, with `bs` rows in a batch
+        dl:LMDataLoader, # Loader of the whole text; its `bs` is the number of rows of one rank
         rank:int|None=None, # Which block of `bs` rows to read (None: that of this process's rank)
         world_size:int|None=None, # Number of ranks (None: the number of processes)
         device:str|torch.device|None=None # Device of the batches (None: `dl`'s)
     ):
         if not isinstance(dl, LMDataLoader):
-            raise TypeError(f'{type(dl).__name__}: only the rows of an LMDataLoader can be shared')
+            raise TypeError(f'{type(dl).__name__}: only the rows of an LMDataLoader can be divided among ranks')
         n = ifnone(world_size, num_distrib())
         super().__init__(dl.new(bs=dl.bs*n, cache=dl.items.cache), rank, n, device)
         if not len(self.dl):
@@ -41,7 +41,8 @@ class LMDistributedDL(DistributedDL):
     def __len__(self): return len(self.dl)
 
     def get_idxs(self):
-        rank_of = lambda i: i%self.dl.bs//self.bs # item i is row `i%bs` of a batch of all ranks
+        row_of  = lambda i: i%self.dl.bs # the row of item i in a batch of all ranks
+        rank_of = lambda i: row_of(i)//self.bs
         return [i for i in self.dl.get_idxs() if rank_of(i)==self.rank]
 
     def create_batches(self,
@@ -52,7 +53,7 @@ class LMDistributedDL(DistributedDL):
 
 # %% ../../nbs/run/04_distrib.ipynb #9c59a726
 def _sync_random():
-    "Rank 0's order of the text on every rank, and each rank's own torch seed"
+    "Give all ranks rank 0's state of `random`, and each of the others its own torch seed"
     shared = [random.getstate(), torch.randint(2**62, ()).item()]
     torch.distributed.broadcast_object_list(shared)
     order,seed = shared
@@ -63,7 +64,7 @@ def _sync_random():
 @contextmanager
 @delegates(Learner.distrib_ctx)
 def lm_distrib_ctx(
-    learn:Learner, # A language model's; the `bs` of its loaders is the number of rows of one process
+    learn:Learner, # Of a language model; the `bs` of its loaders is the number of rows of one process
     **kwargs
 ):
     "fastai's `distrib_ctx` for a language model on GPUs or CPUs; in a single process it changes nothing"

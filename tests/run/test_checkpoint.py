@@ -216,7 +216,7 @@ def test_another_fit_is_refused(tmp_path):
     state = last_checkpoint(tmp_path)
     with pytest.raises(ValueError, match='callback .* csv_history'):
         lm()[0]([Checkpoint(tmp_path, state=state), CSVHistory()])
-    with pytest.raises(ValueError, match='of 2 epochs of .* batches, the fit of 3'):
+    with pytest.raises(ValueError, match='from 2 epochs of .* batches, but this fit has 3'):
         lm()[1].fit(3, cbs=Checkpoint(tmp_path, state=state))
 
 def test_a_first_fit_of_another_length_is_refused(tmp_path):
@@ -400,4 +400,4 @@ def test_a_flipped_bit_is_recognized_or_harmless(tmp_path):
 
 def test_another_version_is_refused(tmp_path):
     torch.save(dict(version=1), tmp_path/new)
-    with pytest.raises(ValueError, match='version 1 of a checkpoint, where 2 is read'): last_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match='a checkpoint of version 1, not 2'): last_checkpoint(tmp_path)

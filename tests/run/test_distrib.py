@@ -187,7 +187,7 @@ def test_a_checkpoint_is_of_so_many_processes(tmp_path):
     learn.fit(1, cbs=Checkpoint(tmp_path))
     state = last_checkpoint(tmp_path)
     state['ranks'] *= 2
-    with pytest.raises(ValueError, match='of 2 processes, the fit of 1'):
+    with pytest.raises(ValueError, match='from 2 processes, but this fit has 1'):
         learn.fit(1, cbs=Checkpoint(tmp_path, state=state))
 
 def test_one_rank_writes_and_prints(runs):

@@ -142,7 +142,7 @@ def test_a_torn_file_falls_back(capsys, whole, args, broken):
     (broken/new).write_bytes((broken/new).read_bytes()[:5000])
     assert main([*args, '--resume']) is None
     err = capsys.readouterr().err
-    assert f'{new}: not a whole checkpoint (File is not a zip file); {prev} is taken' in err and err.count('\n')==1
+    assert f'{new}: not a whole checkpoint (File is not a zip file); using {prev} instead' in err and err.count('\n')==1
     same_run(whole, broken)
 
 @pytest.mark.filterwarnings('default')
@@ -156,7 +156,7 @@ def test_two_torn_files_are_refused(capsys, args, broken):
 def test_no_code_in_a_checkpoint_runs(broken, tmp_path):
     state = torch.load(broken/new, weights_only=True)
     torch.save({**state, 'info':Bomb(tmp_path/'boom')}, broken/new)
-    with pytest.warns(UserWarning, match='is taken'): assert last_checkpoint(broken)['train_iter']==8
+    with pytest.warns(UserWarning, match='using .* instead'): assert last_checkpoint(broken)['train_iter']==8
     (broken/new).write_bytes(pickle.dumps(Bomb(tmp_path/'boom')))
     with pytest.raises(ValueError): read_checkpoint(broken/new)
     assert not (tmp_path/'boom').exists()
