@@ -1,10 +1,10 @@
 """A training step of fastai's default AWD-LSTM language model: fastai's learner against ours, with and without logits.
 
-Before it decoder and loss alone, over chunk sizes; after it where the time goes. Each step is timed from the batch to the
-zeroed gradients, all callbacks included, in a process that trains one learner and nothing else; the processes of a round
-run one after another. `extra_mb` is the peak of the process's memory during the training steps above what it held before
-the first: gradients and Adam's state are in it, as both need them. `system_s` are the processor's seconds, over all
-threads, that the kernel took of a step: on a CPU, for pages of memory.
+Before it decoder and loss alone, over chunk sizes; after it where the time goes. Each step is timed from the batch
+to the zeroed gradients, all callbacks included, in a process that trains one learner and nothing else; the
+processes of a round run one after another. `extra_mb` is the peak of the process's memory during the training
+steps above what it held before the first: gradients and Adam's state are in it, as both need them. `system_s` are
+the processor's seconds, over all threads, that the kernel took of a step: on a CPU, for pages of memory.
 """
 import json, os, re, subprocess, sys, time
 from collections import Counter
