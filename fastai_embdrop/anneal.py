@@ -1,6 +1,6 @@
 """A Learner callback that moves `embed_p`, or any dropout probability, while a model trains
 
-`AnnealEmbedP(.1, 0)` takes a model's embedding dropout from 0.1 to 0 over a fit. `DropoutScheduler` does so for any dropout probability, along any schedule, and `AnnealDropMult` for all of them in proportion. Values are absolute: `drop_mult` does not scale them. The idea of annealed dropout is from Rennie et al. 2014.
+`AnnealEmbedP(.1, 0)` takes a model's embedding dropout from 0.1 to 0 over a fit. `DropoutScheduler` moves any dropout probability along any schedule, and `AnnealDropMult` moves all of them in proportion. The probabilities that you pass are final: `drop_mult` does not scale them. The idea of annealed dropout is from Rennie et al. 2014.
 
 Docs: https://fastai-embdrop.github.io/fastai_embdrop/anneal.html.md"""
 
@@ -27,20 +27,20 @@ class DropoutScheduler(Callback):
     "Anneal dropout probabilities: before each training batch assign the value of each schedule to what its key names"
     order,run_valid = Recorder.order+1,False # after the recorder, before those that print or write what it holds
     def __init__(self,
-        scheds:dict, # From a key as in `find_dropouts` to a schedule, a function of the fraction of the training done
+        scheds:dict, # From a key, as in `find_dropouts`, to a schedule: a function of the fraction of the training done
         epochs:float|None=None, # Epochs that the schedules last, over all fits; None: each fit runs them whole
     ):
         if epochs is not None and not epochs>0: raise ValueError(f'epochs={epochs}: a positive number')
         for key,sched in scheds.items(): check_sched(sched, key)
         self.scheds,self.epochs = scheds,epochs
-        self.spent,self.fit_start = 0.,0. # epochs spent: until now, and until this fit
-        self.plan,self.applied = {},{}    # of this fit, by key: targets, and the values that they had
+        self.spent,self.fit_start = 0.,0. # epochs spent: up to now, and before this fit
+        self.plan,self.applied = {},{}    # of this fit, by key: its targets, and the values that they had
 
 # %% ../nbs/03_anneal.ipynb #0f892ea8
 def _has(m, attr): return attr in vars(m) or hasattr(type(m), attr)
 
 def find_dropouts(
-    model:nn.Module, # Any model, wrapped in anything
+    model:nn.Module, # Any model, also inside a wrapper such as `DataParallel`
     key:str, # An attribute (`embed_p`), or a glob over qualified names that ends in one (`*input_dp.p`)
 )->list: # The modules that `key` names
     "Modules of `model` with the attribute that `key` names; a `ValueError` if there is none"
@@ -56,7 +56,8 @@ def base_p(
 )->float: # The value that was configured
     "The value of `attr` before a scheduler moved it; a value assigned since then counts as configured"
     now = getattr(m, attr)
-    base,applied = vars(m).get('_annealed', {}).get(attr, (now,now))
+    annealed = vars(m).get('_annealed', {})
+    base,applied = annealed.get(attr, (now,now))
     return base if now==applied else now
 
 def set_p(
@@ -64,9 +65,10 @@ def set_p(
     attr:str, # Name of a dropout probability of `m`
     p:float, # Its value from now on
 ):
-    "Set `attr` of `m` to `p`, and remember what was configured for `base_p`"
+    "Set `attr` of `m` to `p`, and remember the configured value for `base_p`"
     if p==getattr(m, attr): return
-    vars(m).setdefault('_annealed', {})[attr] = base_p(m, attr),p
+    annealed = vars(m).setdefault('_annealed', {})
+    annealed[attr] = base_p(m, attr),p
     setattr(m, attr, p)
 
 # %% ../nbs/03_anneal.ipynb #f34419ed
@@ -84,12 +86,15 @@ def targets(self:DropoutScheduler,
 @patch
 def _check_overlap(self:DropoutScheduler):
     "A `ValueError` that names both if two keys of the schedulers in this fit move the same attribute"
-    cbs,taken = [cb for cb in self.learn.cbs if isinstance(cb, DropoutScheduler) and cb.run],{}
-    for cb,key in [(cb,key) for cb in cbs for key in cb.scheds]:
+    cbs   = [cb for cb in self.learn.cbs if isinstance(cb, DropoutScheduler) and cb.run]
+    keys  = [(cb,key) for cb in cbs for key in cb.scheds]
+    taken = {}
+    for cb,key in keys:
         name = f'{cb} ({key!r})'
         for module,attr,_ in cb.targets(key):
             other = taken.get((module,attr))
-            if other: raise ValueError(f'{other} and {name} both move {attr} of {type(module).__name__}: use one of them')
+            where = f'{attr} of {type(module).__name__}'
+            if other: raise ValueError(f'{other} and {name} both move {where}: use one of them')
             taken[module,attr] = name
 
 # %% ../nbs/03_anneal.ipynb #8c30bb85
@@ -103,7 +108,7 @@ def _pct(self:DropoutScheduler):
 
 @patch
 def before_train(self:DropoutScheduler):
-    "Note where this fit starts. A fit with `start_epoch`, or a resumed one, keeps the start of the fit that it continues"
+    "Note where this fit starts; one with `start_epoch`, or resumed, keeps the start of the fit that it continues"
     if self.plan and self.epoch==0: self.fit_start = self.spent
 
 # %% ../nbs/03_anneal.ipynb #dd7eec06
@@ -118,7 +123,7 @@ def before_batch(self:DropoutScheduler):
 # %% ../nbs/03_anneal.ipynb #99cc4607
 @patch
 def after_batch(self:DropoutScheduler):
-    "Note what the first target of each key had"
+    "Record what the first target of each key had"
     for key,targets in self.plan.items():
         t = targets[0]
         self.applied[key].append(getattr(t.module, t.attr)/t.base)
@@ -164,26 +169,27 @@ def before_fit(self:DropoutScheduler):
 # %% ../nbs/03_anneal.ipynb #9f6ccca3
 @patch
 def after_fit(self:DropoutScheduler):
-    "Publish the record in `recorder.hps`, beside learning rate and momentum of the same fit"
+    "Publish the record in `recorder.hps`, beside the learning rate and momentum of the same fit"
     if not self._in_fit(): return
     if any(self.applied.values()) and hasattr(self.learn, 'recorder'):
         for cb in self.learn.cbs:
-            if isinstance(cb, ParamScheduler): cb.hps.update(self.applied) # which it publishes after us
+            if isinstance(cb, ParamScheduler): cb.hps.update(self.applied) # it publishes them after us
         self.recorder.hps = {**self.recorder.hps, **self.applied}
     self.plan,self.applied = {},{}
 
 # %% ../nbs/03_anneal.ipynb #6a5a68d4
 class AnnealEmbedP(DropoutScheduler):
-    "Anneal `embed_p` from `start` to `end`: falling as in Rennie et al. 2014, rising as in Morerio et al. 2017"
+    "Move `embed_p` from `start` to `end`: falling as in Rennie et al. 2014, rising as in Morerio et al. 2017"
     def __init__(self,
-        start:float|None=None, # Probability at the first batch, in [0, 1], not scaled by `drop_mult`; None: the configured one
-        end:float=0., # Probability at the end, in [0, 1]
+        start:float|None=None, # At the first batch, in [0, 1], not scaled by `drop_mult`; None: the configured value
+        end:float=0., # At the end, in [0, 1]
         sched:Callable=SchedCos, # Shape: a function of (start, end) that returns a schedule
         epochs:float|None=None, # Epochs that the schedule lasts, over all fits; None: each fit runs it whole
     ):
         self.end,self.shape = check_p(end, 'end'),check_shape(sched)
         self.from_config = start is None
-        super().__init__({'embed_p': None if start is None else sched(check_p(start, 'start'), self.end)}, epochs)
+        schedule = None if self.from_config else sched(check_p(start, 'start'), self.end)
+        super().__init__({'embed_p': schedule}, epochs)
 
     def start_fit(self):
         if self.from_config:
@@ -193,7 +199,7 @@ class AnnealEmbedP(DropoutScheduler):
 
 # %% ../nbs/03_anneal.ipynb #8e66cc67
 def _drop_names(m):
-    "Names that dropout probabilities have in modules like `m`"
+    "Names of the dropout probabilities that `m` has"
     names = ['embed_p','weight_p']
     if isinstance(m, nn.modules.dropout._DropoutNd) or type(m).__name__.endswith('Dropout'): names.append('p')
     if isinstance(m, (nn.RNNBase,nn.MultiheadAttention)): names.append('dropout')

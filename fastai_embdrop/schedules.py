@@ -1,6 +1,6 @@
-"""What `embed_p` is at each point of a training: fastai's schedules, four from the literature, and shapes by name
+"""Functions that set `embed_p` over a training run: fastai's schedules, four from the literature, and shapes by name
 
-A schedule is a function from `pct`, the fraction of the training that is done, to a probability. `pct` is 0 at the first batch and reaches 1 after the last. `AnnealEmbedP` and `DropoutScheduler` evaluate a schedule before each batch and assign its value.
+A schedule is a function from `pct`, the fraction of the training that is done, to a probability. `pct` is 0 at the first batch and reaches 1 after the last. The callbacks `AnnealEmbedP` and `DropoutScheduler` evaluate a schedule before each batch, and set the dropout probability to its value.
 
 Docs: https://fastai-embdrop.github.io/fastai_embdrop/schedules.html.md"""
 
@@ -20,11 +20,11 @@ from .dropout import check_p
 # %% ../nbs/02_schedules.ipynb #7bb488f6
 def SchedEarly(
     p:float, # Probability at the start, in [0, 1]
-    until:float, # Fraction of the training at which it reaches 0, above 0
+    until:float, # Fraction of the training, in (0, 1], at which it reaches 0
 )->Callable: # Schedule: a function of `pct` in [0, 1]
     "Linear from `p` to 0 at `until`, then 0: early dropout (Liu et al. 2023, section 4)"
     p,until = check_p(p, 'p'),check_p(until, 'until')
-    if until==0: raise ValueError(f'until={until}: a fraction of the training above 0')
+    if until==0: raise ValueError(f'until={until}: it must be above 0')
     return lambda pct: p*max(0., 1-pct/until)
 
 # %% ../nbs/02_schedules.ipynb #42d84c11
@@ -32,7 +32,7 @@ def SchedCurriculum(
     p:float, # Probability that it approaches, in [0, 1]
     gamma:float, # Speed: 63 % of `p` is reached at `pct = 1/gamma`
 )->Callable: # Schedule: a function of `pct` in [0, 1]
-    "`p*(1-exp(-gamma*pct))`: curriculum dropout (Morerio et al. 2017, section 3, there the probability of keeping)"
+    "`p*(1-exp(-gamma*pct))`: curriculum dropout (Morerio et al. 2017, section 3, who give the probability of keeping)"
     p = check_p(p, 'p')
     if not 0 < gamma < math.inf: raise ValueError(f'gamma={gamma}: a positive number')
     return lambda pct: p*(1-math.exp(-gamma*pct))
@@ -63,10 +63,10 @@ def SchedPiecewise(
 def eval_sched(
     sched:Callable, # A schedule
     pct:float, # Fraction of the training done, in [0, 1]
-    key:str='embed_p', # What it moves, for the error
-    most:float=1., # The largest factor that its value is used with
+    key:str='embed_p', # What the schedule moves, named in the error
+    most:float=1., # The largest factor that the value will be multiplied by
 )->float: # The schedule's value
-    "`sched(pct)`; a `ValueError` with `key`, `pct` and value if it fails, or if its value times `most` leaves [0, 1]"
+    "`sched(pct)`; a `ValueError` with `key` and `pct` if it fails, or if its value times `most` is outside [0, 1]"
     try:
         value = float(sched(pct))
         check_p(value*most, key)
@@ -87,8 +87,8 @@ _no_shapes = SchedEarly,SchedLate,SchedCurriculum,SchedPiecewise
 
 def check_shape(
     shape:Callable, # A function of (start, end) that returns a schedule
-)->Callable: # The same
-    "`shape`; a `ValueError` that shows the right way for `SchedEarly` and its kin, which take other arguments"
+)->Callable: # `shape` itself
+    "`shape`; a `ValueError` that shows what to write for `SchedEarly` and the others that take other arguments"
     if shape not in _no_shapes: return shape
     name  = shape.__name__
     short = name.removeprefix('Sched').lower()
@@ -99,11 +99,11 @@ def check_shape(
 # %% ../nbs/02_schedules.ipynb #08543360
 def check_sched(
     sched:Callable, # A schedule
-    key:str='embed_p', # What it moves, for the error
-)->Callable: # The same
+    key:str='embed_p', # What the schedule moves, named in the error
+)->Callable: # `sched` itself
     "`sched`; a `ValueError` for fastai's `SchedExp` from or to 0"
     is_exp = getattr(sched, 'f', None) is sched_exp
     if is_exp and not (sched.start and sched.end):
-        raise ValueError(f'schedule of {key!r}: SchedExp({sched.start}, {sched.end}) is start*(end/start)**pct, so it needs '
-                         'a start and an end above 0; use SchedCos or SchedLin, or 0.001 instead of 0')
+        raise ValueError(f'schedule of {key!r}: SchedExp({sched.start}, {sched.end}) is start*(end/start)**pct, '
+                         'so it needs a start and an end above 0; use SchedCos or SchedLin, or 0.001 instead of 0')
     return sched
