@@ -4,7 +4,7 @@ Modules:
 
 - `fastai_embdrop.dropout`: Drop whole words from an embedding: one draw per vocabulary row, shared by the whole batch
 - `fastai_embdrop.embeddings`: Whole-row dropout, in place, for the embeddings of a model that you already have
-- `fastai_embdrop.schedules`: What `embed_p` is at each point of a training: fastai's schedules, four from the literature, and shapes by name
+- `fastai_embdrop.schedules`: Functions that set `embed_p` over a training run: fastai's schedules, four from the literature, and shapes by name
 - `fastai_embdrop.anneal`: A Learner callback that moves `embed_p`, or any dropout probability, while a model trains
 - `fastai_embdrop.loss`: A language model's training step that never holds its logits
 - `fastai_embdrop.awdlstm`: fastai's language model with its dropout defects mended, under the same names and with the same weights
