@@ -399,7 +399,7 @@ def signal_handlers(
 @patch
 @contextmanager
 def signals(self:Checkpoint):
-    "Inside this context, a first SIGINT or SIGTERM waits for a checkpoint after the batch. Not with several processes"
+    "Inside this context, the first SIGINT or SIGTERM waits for a checkpoint after the batch (in a single process)"
     if num_distrib()>1:
         yield
         return
