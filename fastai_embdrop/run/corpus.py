@@ -25,7 +25,7 @@ from .files import read_text
 def split_items(
     items:list, # Texts, files or rows
     seed:int=42 # Seed of the shuffle
-)->tuple: # Lists of nine tenths and of one tenth, both shuffled
+)->tuple: # Two shuffled lists: nine tenths, and the tenth held out
     "Shuffle `items` and hold out one in ten, at least one"
     items = random.Random(seed).sample(items, len(items))
     n = max(1, len(items)//10)
@@ -33,25 +33,25 @@ def split_items(
 
 # %% ../../nbs/run/01_corpus.ipynb #a6ce5e1c
 def split_text(
-    text:str # A text with an order
-)->tuple: # Lists of one text each: the first nine tenths, the last tenth
-    "Hold out the end of `text`, from the first white space after nine tenths of its characters"
+    text:str # Running text
+)->tuple: # Two lists of one text: the first nine tenths, the last tenth
+    "Hold out the end of `text`, starting after the first white space past nine tenths of its characters"
     space = re.compile(r'\s').search(text, len(text)*9//10)
-    at = space.end() if space else len(text)
-    return [text[:at]],[text[at:]]
+    cut = space.end() if space else len(text)
+    return [text[:cut]],[text[cut:]]
 
 # %% ../../nbs/run/01_corpus.ipynb #c6d9e7d0
 def first_words(
-    texts, # An iterable of texts; no more are drawn than needed
+    texts, # An iterable of texts; no more are read than needed
     n:int=0 # Words to take (0: all)
 )->list: # Texts, the last one cut short
     "The first `n` words of `texts`"
     if not n: return list(texts)
-    res = []
+    res,left = [],n
     for t in texts:
-        ends = [m.end() for m in islice(re.finditer(r'\S+', t), n)]
-        n -= len(ends)
-        if n==0: return [*res, t[:ends[-1]]]
+        ends = [m.end() for m in islice(re.finditer(r'\S+', t), left)]
+        left -= len(ends)
+        if left==0: return [*res, t[:ends[-1]]]
         res.append(t)
     return res
 
@@ -71,30 +71,32 @@ def source_files(
 
 # %% ../../nbs/run/01_corpus.ipynb #a69c9b7e
 _documented = ast.Module,ast.ClassDef,ast.FunctionDef,ast.AsyncFunctionDef
-_rule = re.compile(r'[-=~^]{2,}')
+_underline = re.compile(r'[-=~^]{2,}')
 
 def docstrings(
     source:str|bytes, # Python source
     min_words:int=20 # Shorter docstrings are left out
-)->list: # Texts, with single blanks for white space and without the rules under headings
+)->list: # Texts, their words separated by single spaces, without the underlines of headings
     "The docstrings in `source`, read from its syntax tree; no code is run"
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore') # about escapes in other people's strings
+        warnings.simplefilter('ignore') # about invalid escapes in strings that are not ours
         tree = ast.parse(source)
     docs = [ast.get_docstring(o) or '' for o in ast.walk(tree) if isinstance(o, _documented)]
-    words = [[w for w in d.split() if not _rule.fullmatch(w)] for d in docs]
+    words = [_words(d) for d in docs]
     return [' '.join(o) for o in words if len(o)>=min_words]
+
+def _words(doc): return [w for w in doc.split() if not _underline.fullmatch(w)]
 
 # %% ../../nbs/run/01_corpus.ipynb #6656d556
 def _unseen_docs(files, seen):
-    "The docstrings of `files` that are not in the set `seen`, which grows with them"
+    "Yield the docstrings of `files` that are not in the set `seen`, and add each to it"
     for f in files:
         for doc in docstrings(f.read_bytes()):
             if doc not in seen: yield doc
             seen.add(doc)
 
 def doc_corpus()->tuple: # Iterators over training and held-out texts
-    "The docstrings of `doc_pkgs`, split by file; draw the held-out ones first"
+    "The docstrings of `doc_pkgs`, split by file; read the held-out ones first"
     train,valid = split_items([f for p in doc_pkgs for f in source_files(p)])
     seen = set()
     return _unseen_docs(train, seen),_unseen_docs(valid, seen)
@@ -102,8 +104,8 @@ def doc_corpus()->tuple: # Iterators over training and held-out texts
 # %% ../../nbs/run/01_corpus.ipynb #4c77a765
 def csv_texts(
     path:str|Path # A CSV file with a column `text`
-)->list: # Texts, without blank ones
-    "The column `text` of a CSV file; a `ValueError` names the file if there is none"
+)->list: # The texts that are not blank
+    "The column `text` of a CSV file; a `ValueError` names the file if it has no such column"
     text = read_text(path)
     ends_at_nul = '\0' in text and pd.__version__<'3' # before pandas 3, the C engine ends a text at a NUL
     engine = 'python' if ends_at_nul else 'c'
@@ -134,7 +136,7 @@ Corpus = namedtuple('Corpus', 'train valid test', defaults=[()])
 
 def read_corpus(
     data:str|Path='docstrings', # `docstrings`, a folder, a `.txt` file or a `.csv` file with a column `text`
-    max_words:int=0 # Limit on the words of training text (0: none); a tenth of it limits the held-out text
+    max_words:int=0 # Limit on the words of training text (0: no limit); held-out text is limited to a tenth of it
 )->Corpus: # Three lists of texts
     "Read `data` into memory; a `FileNotFoundError` or a `ValueError` names what is wrong with it"
     path = Path(data)
@@ -144,7 +146,7 @@ def read_corpus(
     elif path.suffix.lower()=='.csv': train,*held_out = split_items(csv_texts(path))
     elif path.suffix.lower()=='.txt': train,*held_out = split_text(read_text(path))
     else: raise ValueError(f'{data}: neither a folder nor a .txt or .csv file')
-    held_out = [first_words(o, (max_words+9)//10) for o in held_out] # drawn first, as `doc_corpus` wants it
+    held_out = [first_words(o, (max_words+9)//10) for o in held_out] # read first, as `doc_corpus` requires
     corpus = Corpus(first_words(train, max_words), *held_out)
     for part in corpus[:2]:
         if not any(t.strip() for t in part): raise ValueError(f'{data}: too little text to hold some out')
@@ -163,30 +165,33 @@ def _mark_line_ends(t:str)->str:
     return t.replace('\n', f' {EOS} ')
 
 def tokenizer(
-    tok:str='spacy' # `spacy`: fastai's default, with its rules; `split`: tokens are already separated by blanks
-)->Tokenizer: # It takes one text
-    "fastai's `Tokenizer` of that name"
+    tok:str='spacy' # `spacy`: fastai's default, with its rules; `split`: tokens are already separated by spaces
+)->Tokenizer: # Called with one text, it returns its tokens
+    "fastai's `Tokenizer` for `tok`; a `ValueError` if there is no such tokenizer"
     if tok=='spacy': return Tokenizer(SpacyTokenizer())
     if tok=='split': return Tokenizer(BaseTokenizer(split_char=None), rules=[_mark_line_ends])
     raise ValueError(f'tok={tok!r}: not one of spacy, split')
 
 # %% ../../nbs/run/01_corpus.ipynb #c4852b2a
+# Up to 100,000 characters that end before white space, or 100,000 where there is none
 _piece = re.compile(r'(?s).{1,100000}(?=\s|\Z)|.{1,100000}')
 
 def tokenize(
     texts:list, # Texts
     tok:str='spacy', # A name that `tokenizer` knows
-    n_workers:int|None=None # Processes (None: one for each core from a million characters on, else none)
+    n_workers:int|None=None # Worker processes (None: one per core if there are over a million characters, else none)
 )->list: # A list of tokens for each text
     "Tokenize `texts` in memory"
     if isinstance(texts, str): raise TypeError('texts is one string, not a list of texts')
-    t,pieces = tokenizer(tok),[_piece.findall(o) for o in texts]
+    t = tokenizer(tok)
+    pieces = [_piece.findall(o) for o in texts]
     if n_workers is None: n_workers = defaults.cpus if sum(map(len, texts))>1e6 else 0
-    toks = iter(tokenize_texts([p for ps in pieces for p in ps], n_workers, rules=t.rules, tok=t.tok))
-    return [_join(islice(toks, len(ps)), tok=='spacy') for ps in pieces]
+    toks = tokenize_texts([p for ps in pieces for p in ps], n_workers, rules=t.rules, tok=t.tok)
+    ends = list(accumulate(map(len, pieces), initial=0))
+    return [_join(toks[a:b], tok=='spacy') for a,b in zip(ends, ends[1:])]
 
 def _join(pieces, has_bos):
-    "The tokens of one text from the tokens of its pieces, which may each begin with an `xxbos`"
+    "Join the tokens of the pieces of one text; if each piece begins with an `xxbos`, keep only the first"
     res = []
     for toks in pieces:
         res += toks[1:] if has_bos and res else toks
@@ -199,13 +204,13 @@ def lm_dataloaders(
     test:list=(), # Test tokens, for a third loader
     tok:str='spacy', # Tokenizer of prompts, a name that `tokenizer` knows
     vocab:list|None=None, # Words (None: taken from `train`)
-    min_freq:int=3, # A word must occur this often to be taken
-    max_vocab:int=60000, # Limit on the words to take
+    min_freq:int=3, # A word must occur this often to be in the vocabulary
+    max_vocab:int=60000, # Largest number of words in the vocabulary
     bs:int=64, # Rows in a batch
     seq_len:int=72, # Tokens in a row
     device:str|torch.device|None=None # Device of the batches (None: fastai's default)
 )->DataLoaders: # Batches of ids and of the ids that follow them, both (bs, seq_len)
-    "Language-model loaders over tokens; a `ValueError` if the tokens do not fill a batch"
+    "Language-model loaders over tokens; a `ValueError` if there are too few tokens for a batch"
     for_prompts = train is None
     if for_prompts: train,valid,bs,seq_len = PromptDL.no_text,PromptDL.no_text,1,1
     else:
@@ -225,7 +230,7 @@ def _check_fills(name, toks, need):
 
 class PromptDL(LMDataLoader):
     "A loader that turns prompts into ids; a `ValueError` if it is asked for batches without text"
-    no_text = [[BOS]*2] # fastai's loaders must have a batch to look at
+    no_text = [[BOS]*2] # fastai's loaders need at least one batch
     def __iter__(self):
         if list(self.dataset.items)==self.no_text:
             raise ValueError('no text to train or validate on: these loaders are for prediction only')

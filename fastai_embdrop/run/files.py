@@ -1,6 +1,6 @@
-"""What the training command reads and writes with care: weights, words, text, and a lock
+"""Read weights, words and text safely, write files whole, and lock the folder of a run
 
-A file from a stranger can be damaged or hostile. `load_weights` reads a state dict and `read_vocab` a vocabulary, and each raises a `ValueError` that names a bad file before the file costs memory or runs code. `write_atomic` writes a file whole or not at all, and `run_lock` lets one job at a time write to a folder.
+A file from a stranger can be damaged or hostile. `load_weights` reads a state dict and `read_vocab` a vocabulary, and each rejects a bad file with a `ValueError` that names it, before the file can run code or fill the memory. `write_atomic` writes a file whole or not at all, and `run_lock` lets one job at a time write to a folder.
 
 Docs: https://fastai-embdrop.github.io/fastai_embdrop/run/files.html.md"""
 
@@ -27,19 +27,19 @@ _rebuilds_tensors = re.compile(r'torch\._utils _rebuild_tensor_v2|torch \w+Stora
 def check_weights(
     path:str|Path # A file that `torch.save` wrote
 )->None:
-    "Raise an exception if a file is damaged or compressed, or if its pickle names more than tensors need"
+    "Raise an exception if a file is damaged or compressed, or if its pickle names what tensors do not need"
     with ZipFile(path) as z:
         compressed = any(o.compress_type for o in z.infolist())
         if compressed or z.testzip(): raise ValueError('damaged or compressed')
         pkl, = [o for o in z.namelist() if o.endswith('/data.pkl')]
         names = [arg for op,arg,_ in pickletools.genops(z.read(pkl)) if op.name=='GLOBAL']
-    odd = [o for o in names if not _rebuilds_tensors.fullmatch(o)]
-    if odd: raise ValueError(f'names {odd[0]}')
+    unsafe = [o for o in names if not _rebuilds_tensors.fullmatch(o)]
+    if unsafe: raise ValueError(f'its pickle names {unsafe[0]}')
 
 # %% ../../nbs/run/00_files.ipynb #6d7f7d94
 def load_weights(
     path:str|Path # A state dict, as `torch.save` writes it
-)->dict: # From names to tensors on the CPU, which stay in the file until they are read
+)->dict: # Tensors by name, on the CPU; their data stay in the file until they are used
     "Load tensors and run no code; a `ValueError` names the file if it is damaged or holds anything else"
     try:
         check_weights(path)
@@ -48,7 +48,8 @@ def load_weights(
         wgts = dict(wgts) # without the attribute `_metadata`, which `load_state_dict` trusts
         by_name = all(isinstance(k, str) and isinstance(v, Tensor) for k,v in wgts.items())
         if not by_name: raise ValueError('not tensors by name')
-        if any(v.nbytes>v.untyped_storage().nbytes() for v in wgts.values()): raise ValueError('larger than its file')
+        too_large = any(v.nbytes>v.untyped_storage().nbytes() for v in wgts.values())
+        if too_large: raise ValueError('a tensor is larger than its file')
     except Exception as e: # an unpickler can raise anything
         if isinstance(e, OSError) and e.filename: raise
         reason = ' '.join(str(e).split())[:99] or type(e).__name__
@@ -68,8 +69,8 @@ def read_text(
 # %% ../../nbs/run/00_files.ipynb #aa252413
 def read_json(
     path:str|Path # A file of JSON
-)->object: # What it holds
-    "`json.loads` of a file; a `ValueError` names the file"
+)->object: # The value in it
+    "Parse a JSON file; a `ValueError` names the file if it is not valid"
     text = read_text(path)
     try: return json.loads(text)
     except (ValueError,RecursionError) as e: raise ValueError(f'{path}: {e}') from None
@@ -77,23 +78,24 @@ def read_json(
 def read_vocab(
     path:str|Path # `vocab.json` of a run
 )->list: # Words
-    "A vocabulary that begins with fastai's special tokens; a `ValueError` names the file if it does not"
-    vocab,special = read_json(path),defaults.text_spec_tok
-    words = isinstance(vocab, list) and all(isinstance(o, str) for o in vocab)
-    if not words: raise ValueError(f'{path}: not a list of words')
+    "Read a vocabulary; a `ValueError` names the file if it does not begin with fastai's special tokens"
+    vocab = read_json(path)
+    special = defaults.text_spec_tok
+    is_words = isinstance(vocab, list) and all(isinstance(o, str) for o in vocab)
+    if not is_words: raise ValueError(f'{path}: not a list of words')
     if vocab[:len(special)]!=special: raise ValueError(f"{path}: does not begin with {' '.join(special)}")
     return vocab
 
 # %% ../../nbs/run/00_files.ipynb #16946781
 def _disk_error(e):
-    "The `OSError` that `e` is, or that torch's zip writer turned into a `RuntimeError`; None if there is none"
+    "The `OSError` behind `e`: `e` itself, or what torch's zip writer turned into a `RuntimeError`; None for others"
     found = [o for o in (e, e.__context__) if isinstance(o, OSError)]
     return found[0] if found else None
 
 def write_atomic(
     path:str|Path, # File to write
-    write:Callable, # A function that writes to a binary file
-    prev:str|Path|None=None # Where to keep the file that was there (None: nowhere)
+    write:Callable, # Called with a binary file, writes the content to it
+    prev:str|Path|None=None # Where to keep the old file (None: nowhere)
 )->None:
     "Write `path` whole or not at all, even if the process is killed; an `OSError` names `path`. Only rank 0 writes"
     if rank_distrib(): return
@@ -129,11 +131,12 @@ def run_lock(
     if rank_distrib():
         yield
         return
-    lock,owner = Path(folder)/'lock',Path(folder)/'lock.pid'
+    lock = Path(folder)/'lock'
+    owner = Path(folder)/'lock.pid'
     try: held = FileLock(lock, timeout=0).acquire()
     except Timeout:
-        pid = owner.read_text() if owner.exists() else 'another'
-        raise OSError(f'{folder}: process {pid} is writing there') from None
+        who = f'process {owner.read_text()}' if owner.exists() else 'another process'
+        raise OSError(f'{folder}: {who} is writing there') from None
     with held:
         try:
             owner.write_text(str(os.getpid()))

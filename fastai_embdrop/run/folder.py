@@ -1,6 +1,6 @@
 """The folder of a run: what is in it, and how it is checked, written and loaded
 
-`save_run` writes a trained `Learner` to a folder of seven files. `load_run` makes a `Learner` from such a folder again, after `read_run` has checked the files, which may be a stranger's. `classifier_from_lm` starts a text classifier from it.
+`save_run` writes a trained `Learner` to a folder of seven files. `load_run` turns such a folder back into a `Learner`, after `read_run` has checked the files, which may come from a stranger. `classifier_from_lm` starts a text classifier from that `Learner`.
 
 Docs: https://fastai-embdrop.github.io/fastai_embdrop/run/folder.html.md"""
 
@@ -40,7 +40,7 @@ def check_out_dir(
     overwrite:bool=False, # May it hold a run?
     resume:bool=False # May it hold an unfinished run?
 )->Path: # `out`
-    "An `OSError` if `out` holds a run or cannot be written to"
+    "Raise an `OSError` if `out` holds a run that may not be replaced, or cannot be written to"
     out = Path(out)
     unfinished = any((out/f).exists() for f in checkpoint_files)
     holds_run = unfinished or any((out/f).exists() for f in run_files)
@@ -57,12 +57,13 @@ def check_out_dir(
 def save_run(
     learn:LMLearner, # Just trained
     out:Path, # Folder
-    config:dict # For `config.json`; `results` are added
+    config:dict # Content of `config.json`; this adds `results`
 )->None:
     "Write all files of a run except `history.csv`, which grows during the training"
-    rec,results = learn.recorder,config.setdefault('results', {})
+    rec = learn.recorder
+    results = config.setdefault('results', {})
     results.update(zip(rec.metric_names[1:], rec.values[-1]))
-    if config['tokens']['test']: results['test_loss'],results['test_perplexity'] = learn.validate(2)
+    if config['tokens']['test']: results['test_loss'],results['test_perplexity'] = learn.validate(ds_idx=2)
     _save_plot(rec.plot_sched, out/'schedule.png')
     _save_plot(partial(rec.plot_loss, skip_start=0), out/'losses.png')
     write_text(out/'vocab.json', json.dumps(list(learn.dls.vocab), indent=1)+'\n')
@@ -72,9 +73,9 @@ def save_run(
 
 def _save_plot(plot, path):
     "Draw with `plot` into a figure of its own and save it"
-    new = plt.figure() # or `plot` would draw into an open figure
+    new = plt.figure() # without it, `plot` could draw into a figure that is already open
     plot()
-    drawn = plt.gcf()
+    drawn = plt.gcf() # `new`, or a figure that `plot` made
     for ax in drawn.axes:
         if ax.lines: ax.set_xlabel('batch')
         else: ax.remove()
@@ -92,7 +93,7 @@ def _sample(learn, prompt):
 def read_settings(
     path:str|Path # `config.json` of a run
 )->Settings:
-    "The settings of a run; a `ValueError` names the file, and a key that is unknown or has a value of another type"
+    "The settings of a run; a `ValueError` names the file and a key that is unknown or has a value of the wrong type"
     config = read_json(path)
     s = config.get('settings') if isinstance(config, dict) else None
     if not isinstance(s, dict): raise ValueError(f'{path}: no settings in it')
@@ -100,20 +101,23 @@ def read_settings(
     try: read = Settings(**s)
     except ValueError as e: raise ValueError(f'{path}: {e}') from None
     for k,v in s.items():
-        if type(v) is not type(getattr(read, k)): raise ValueError(f'{path}: {k!r} is not of its type')
+        if type(v) is not type(getattr(read, k)): raise ValueError(f'{path}: {k!r} has a value of the wrong type')
     return read
 
 # %% ../../nbs/run/05_folder.ipynb #881418bb
 def read_run(
     path:str|Path # Folder of a run
 )->tuple: # `Settings`, vocabulary, weights
-    "Read what makes a run's model, and check it before there is one; a `ValueError` names the file at fault"
+    "Read a run and check that its files fit together, before a model is built; a `ValueError` names the bad file"
     cfg,pth = Path(path)/'config.json',Path(path)/'model.pth'
-    s,vocab,wgts = read_settings(cfg),read_vocab(Path(path)/'vocab.json'),load_weights(pth)
+    s = read_settings(cfg)
+    vocab = read_vocab(Path(path)/'vocab.json')
+    wgts = load_weights(pth)
     want = _planned(s, len(vocab), wgts, cfg, pth)
     for k in {**want, **wgts}:
-        if _form(want, k)!=_form(wgts, k):
-            raise ValueError(f'{pth}: {k!r} is {_form(wgts, k)}, by settings and vocabulary {_form(want, k)}')
+        need,found = _form(want, k),_form(wgts, k)
+        if need!=found:
+            raise ValueError(f'{pth}: {k!r} is {found} in the file, but {need} in the model that the settings describe')
         if not wgts[k].isfinite().all(): raise ValueError(f'{pth}: {k!r} is not finite')
     return s,vocab,wgts
 
@@ -124,11 +128,14 @@ def _planned(s, n_words, wgts, cfg, pth):
     try:
         with torch.device('meta'): model = awd_lstm_lm(n_words, _sizes(s), s.drop_mult)
     except (ValueError,RuntimeError) as e: raise ValueError(f'{cfg}: {str(e).splitlines()[0]}') from None
-    need,held = sum(p.nbytes for p in model.parameters()),pth.stat().st_size
+    need = sum(p.nbytes for p in model.parameters())
+    held = pth.stat().st_size
     if need>held: raise ValueError(f'{cfg}: a model of {need:,} bytes, but {pth.name} has {held:,}')
     return model.state_dict()
 
-def _form(state, k): return f'{tuple(state[k].shape)} {state[k].dtype}' if k in state else 'missing'
+def _form(state, k):
+    "Shape and type of the tensor `k`, for comparison and errors"
+    return f'{tuple(state[k].shape)} {state[k].dtype}' if k in state else 'missing'
 
 # %% ../../nbs/run/05_folder.ipynb #c9c35f12
 def load_run(
@@ -152,7 +159,7 @@ def classifier_from_lm(
     lm:LMLearner, # Language model with `AWD_LSTM`, from `load_run` or just trained
     dls:DataLoaders, # Loaders of a classifier, made with `text_vocab=lm.dls.vocab`
     **kwargs
-)->TextLearner: # Its encoder has the weights of `lm`; all but the last layer group is frozen
+)->TextLearner: # Its encoder has the weights of `lm`; all layer groups but the last are frozen
     "fastai's `text_classifier_learner` with sizes and encoder of `lm`; a `ValueError` if the vocabularies differ"
     if list(dls.vocab[0])!=list(lm.dls.vocab):
         raise ValueError('the vocabularies differ: make the loaders with text_vocab=lm.dls.vocab')

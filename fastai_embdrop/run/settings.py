@@ -24,8 +24,8 @@ from ..schedules import shapes
 # %% ../../nbs/run/02_settings.ipynb #ca42d9ad
 @dataclass
 class Settings:
-    "The settings of a run; a `ValueError` names a setting that is out of range or not of its type"
-    data:str='docstrings' # Folder, .txt file, .csv file with a column text, or docstrings (of numpy, scipy ...)
+    "The settings of a run; a `ValueError` names a setting that is out of range or of the wrong type"
+    data:str='docstrings' # Folder, .txt file, .csv file with a column text, or docstrings (from numpy, scipy ...)
     out:str='run' # Folder to write the run to
     epochs:int=4 # Passes over the training text
     bs:int=32 # Rows in a batch, per process
@@ -36,13 +36,13 @@ class Settings:
     n_layers:int=2 # Number of LSTM layers
     drop_mult:float=.5 # Multiplies all AWD-LSTM dropouts except embed_p
     embed_p:float=.02 # Embedding dropout: the probability that a word is dropped from a batch
-    embed_p_end:float|None=None # Embedding dropout at the end of the training (None: embed_p, a constant)
-    sched:str='cos' # Shape of the way from embed_p to embed_p_end
-    tok:str='spacy' # Tokenizer: spacy with fastai's rules, or split if blanks separate the tokens already
+    embed_p_end:float|None=None # Embedding dropout at the end of the training (None: embed_p throughout)
+    sched:str='cos' # Shape of the schedule from embed_p to embed_p_end
+    tok:str='spacy' # Tokenizer: spacy with fastai's rules, or split if spaces already separate the tokens
     max_vocab:int=60000 # Largest number of words in the vocabulary
     min_freq:int=3 # A word must occur this often in the training text to be in the vocabulary
-    max_words:int=0 # Limit on the words of training text (0: none); a tenth of it limits the held-out text
-    seed:int=42 # Seed of weights, masks and order (the held-out text does not depend on it)
+    max_words:int=0 # Limit on the words of training text (0: no limit); held-out text is limited to a tenth of it
+    seed:int=42 # Seed of weights, masks and the order of texts; the held-out text does not depend on it
     device:str='auto' # Device: auto (a GPU if there is one), cpu, cuda, cuda:1 ...
     precision:str='fp32' # Number format in training; fp16 and bf16 are mixed precision and need a CUDA device
     save_every:int=0 # Also save a checkpoint every N batches (0: only at the end of each epoch)
@@ -62,7 +62,7 @@ _least = dict(epochs=1, bs=1, seq_len=1, emb_sz=1, n_hid=1, n_layers=1, drop_mul
 def _type(f): return float if f.default is None else type(f.default)
 
 def _typed(f, v):
-    "`v` as the type of field `f`; it may come as text"
+    "`v` converted to the type of field `f`; it may be text"
     text = str(v)
     if f.default is None and text=='None': return None
     if text=='': raise ValueError(f'{f.name} is empty')
@@ -77,20 +77,20 @@ def _check(s):
     for k,allowed in _choices.items():
         if getattr(s, k) not in allowed: raise ValueError(f"{k}={getattr(s, k)!r}: not one of {', '.join(allowed)}")
     for k,least in _least.items():
-        if not least <= getattr(s, k) < 2**63: raise ValueError(f'{k}={getattr(s, k)}: not a number from {least} on')
+        if not least <= getattr(s, k) < 2**63: raise ValueError(f'{k}={getattr(s, k)}: not between {least} and 2**63')
     if not 0 < s.lr < math.inf: raise ValueError(f'lr={s.lr}: not a number above 0')
     for k,p in zip(('embed_p','embed_p_end'), s.ends): check_p(p, k)
     if s.sched=='exp' and 0 in s.ends: raise ValueError('sched=exp: embed_p and embed_p_end must be above 0')
-    if os.path.realpath(s.data)==os.path.realpath(s.out): raise ValueError(f'out={s.out!r}: is where the data are')
+    if os.path.realpath(s.data)==os.path.realpath(s.out): raise ValueError(f'out={s.out!r}: the data are there')
 
 # %% ../../nbs/run/02_settings.ipynb #ac82f89c
 _renamed = dict(start='embed_p', end='embed_p_end')
 
 def check_keys(
     keys, # Names of settings
-    source:str|Path # Where they are from
+    source:str|Path # Where they come from, for the error
 )->None:
-    "A `ValueError` names `source` and a key that is no setting, and for an old name the new one"
+    "Raise a `ValueError` if a key is no setting; it names `source`, the key and, for an old name, the new one"
     known = {f.name for f in fields(Settings)}
     for k in keys:
         if k in _renamed: raise ValueError(f'{source}: {k} is called {_renamed[k]} now')
@@ -99,7 +99,7 @@ def check_keys(
 
 def to_ini(
     s:Settings # Settings
-)->str: # Section `[train]`, each key below its meaning
+)->str: # Section `[train]`, each key below a comment that explains it
     "The text of a `settings.ini`"
     docs = docments(Settings)
     return '[train]\n' + ''.join(f'# {docs[k]}\n{k} = {v}\n' for k,v in asdict(s).items())
@@ -148,22 +148,22 @@ def parse_args(
 
 # %% ../../nbs/run/02_settings.ipynb #e2031f96
 def find_device(
-    device:str='auto', # `auto`, or torch's name of a device
+    device:str='auto', # `auto`, or torch's name for a device
     precision:str='fp32' # fp32, fp16 or bf16
-)->torch.device: # A device that holds tensors, with its index
+)->torch.device: # With its index, as a tensor reports it
     "The device to train on; a `ValueError` if it is missing or cannot train in `precision`"
     try:
         if device in ('auto','cuda') and torch.cuda.is_available(): _set_local_device()
-        d = torch.zeros(1, device=default_device() if device=='auto' else device)
-        d.item()
+        t = torch.zeros(1, device=default_device() if device=='auto' else device)
+        t.item()
     except (RuntimeError,AssertionError) as e: raise ValueError(f'device={device}: {str(e).splitlines()[0]}') from None
-    if precision!='fp32' and d.device.type!='cuda':
-        raise ValueError(f'precision={precision}: needs a CUDA device, not {d.device}')
-    return d.device
+    if precision!='fp32' and t.device.type!='cuda':
+        raise ValueError(f'precision={precision}: needs a CUDA device, not {t.device}')
+    return t.device
 
 def _set_local_device():
-    "Where there are several processes, make this one's card the current device"
+    "If there are several processes, make this one's GPU the current device"
     if num_distrib()<2: return
     if 'LOCAL_RANK' not in os.environ:
-        raise RuntimeError('LOCAL_RANK is not set, so no process knows its card: start them with torchrun')
+        raise RuntimeError('LOCAL_RANK is not set, so a process cannot know its GPU: start with torchrun')
     torch.cuda.set_device(int(os.environ['LOCAL_RANK']))

@@ -1,4 +1,4 @@
-"""`embdrop-train`: a language model on real text, with embedding dropout that may move during the training
+"""`embdrop-train`: a language model on real text, with embedding dropout that can change during the training
 
 `train_lm` trains a model as its [`Settings`](02_settings.ipynb) say and writes a [folder](05_folder.ipynb). `embdrop-train` does the same from the command line.
 
@@ -37,14 +37,15 @@ def train_lm(
     device = find_device(s.device, s.precision)
     finished = _load_if_finished(s, device) if resume else None
     if finished: return finished
-    out,started = check_out_dir(s.out, overwrite, resume),time.time()
+    out = check_out_dir(s.out, overwrite, resume)
+    started = time.time()
     learn,config = _prepare(s, device)
-    with _maybe_distrib(learn): pass # refuses text that is too short for the number of processes
+    with _maybe_distrib(learn): pass # raises if the text is too short for all processes
     out.mkdir(parents=True, exist_ok=True)
     with run_lock(out), _bars_or_lines(learn):
         _fit(learn, s, out, config, resume)
         if rank_distrib(): return learn
-        with modified_env('WORLD_SIZE'): save_run(learn, out, config)
+        with modified_env('WORLD_SIZE'): save_run(learn, out, config) # or fastai would wait for the other ranks
         for f in checkpoint_files: (out/f).unlink(missing_ok=True)
     print(_line(config['results']), f'time {format_time(time.time()-started)}', sep=', ')
     print(*(out/f for f in run_files), sep='\n')
@@ -52,7 +53,7 @@ def train_lm(
 
 # %% ../../nbs/run/06_train.ipynb #89e511ce
 def _prepare(s, device):
-    "The untrained `LMLearner` of a run, with all that is random from `s.seed`, and a dict for `config.json`"
+    "The untrained `LMLearner` of a run, with `s.seed` for all that is random, and the content of `config.json`"
     corpus = read_corpus(s.data, s.max_words)
     toks = [tokenize(o, s.tok) for o in corpus]
     set_seed(s.seed, reproducible=True)
@@ -99,7 +100,7 @@ def _empty(out):
     for f in (*checkpoint_files, *run_files): (out/f).unlink(missing_ok=True)
 
 def _maybe_distrib(learn):
-    "`lm_distrib_ctx` if there are several processes; only they need `accelerate`"
+    "`lm_distrib_ctx` if there are several processes; `accelerate` is needed only then"
     if num_distrib()<2: return nullcontext()
     from fastai_embdrop.run.distrib import lm_distrib_ctx
     return lm_distrib_ctx(learn)
@@ -122,14 +123,14 @@ def _bars_or_lines(learn):
 # %% ../../nbs/run/06_train.ipynb #2e30212a
 def check_resumable(
     old:dict, # The run's `config.json` when it was started
-    new:dict # The same now
+    new:dict # `config.json` as it would be written now
 )->None:
-    "A `ValueError` that shows differences that change the result; a warning for those that may change it"
+    "Raise a `ValueError` if a difference changes the result, and warn if one may change it; both show what differs"
     check_keys(old['settings'], 'a run that is older than this version')
     different = _diff(_decisive(old), _decisive(new))
-    if different: raise ValueError(f'a run is resumed with the settings it was started with, not {different}')
+    if different: raise ValueError(f'a run must be resumed with the settings it was started with, not {different}')
     different = _diff(_environment(old), _environment(new))
-    if different: warnings.warn(f'the result may differ from that of an uninterrupted run: {different}')
+    if different: warnings.warn(f'an uninterrupted run may end differently: {different}')
 
 def _decisive(config):
     settings = {k:v for k,v in config['settings'].items() if k not in ('data','out','device','save_every')}
@@ -146,7 +147,9 @@ def _load_if_finished(s, device):
     unfinished = any((out/f).exists() for f in checkpoint_files)
     complete = all((out/f).exists() for f in run_files)
     if unfinished or not complete: return None
-    with run_lock(out): learn,old = load_run(out, str(device)),read_json(out/'config.json')
+    with run_lock(out):
+        learn = load_run(out, str(device))
+        old = read_json(out/'config.json')
     check_resumable(old, {**old, 'settings':asdict(s), 'device':str(device)})
     if not rank_distrib(): print(f'{out}: this run is finished')
     return learn
@@ -163,7 +166,7 @@ def main(
             if args.show: print(to_ini(args.settings), end='')
             else: train_lm(args.settings, args.overwrite, args.resume)
         except (OSError,ValueError) as e:
-            _say(re.sub(r'(?s)^Exception occured in .*?:\n\t', '', str(e))) # fastai's frame around a callback's error
+            _say(re.sub(r'(?s)^Exception occured in .*?:\n\t', '', str(e))) # fastai's words before a callback's error
             return 2
 
 def _say(message): print('embdrop-train:', *str(message).split(), file=sys.stderr)

@@ -209,7 +209,7 @@ def test_layers_without_weights_are_refused_however_large_the_file(copy, monkeyp
 B = '1.decoder.bias'
 @pytest.mark.parametrize('change,msg', [
     (lambda w: w[B].fill_(math.nan), f"'{B}' is not finite"), (lambda w: w.pop(B), f"'{B}' is missing"),
-    (lambda w: w.update(more=torch.zeros(1)), r"'more' is \(1,\) torch.float32, by settings and vocabulary missing"),
+    (lambda w: w.update(more=torch.zeros(1)), r"'more' is \(1,\) torch.float32 in the file, but missing in the model"),
     (lambda w: w.update({B:w[B].double()}), 'float64'), (lambda w: w.update({B:w[B][:-1]}), f"'{B}' is"),
     (lambda w: w.update({B:torch.zeros(1).expand(2**40)}), 'larger than its file'),
     (lambda w: w.update({1:torch.zeros(1)}), 'not tensors by name'), (lambda w: w.update(a=1), 'not tensors by name')])
@@ -247,8 +247,9 @@ def test_vocabulary_and_weights_must_agree(copy):
 
 @pytest.mark.parametrize('settings,msg', [
     ({'epoch':1}, 'unknown key epoch'), ({'start':.5}, 'start is called embed_p now'), ({'lr':math.nan}, 'lr=nan'),
-    ({'end':.5}, 'end is called embed_p_end now'), ({'epochs':'1'}, "'epochs' is not of its type"),
-    ({'epochs':True}, 'epochs=True: not of type int'), ({'embed_p_end':'None'}, "'embed_p_end' is not of its type"),
+    ({'end':.5}, 'end is called embed_p_end now'), ({'epochs':'1'}, "'epochs' has a value of the wrong type"),
+    ({'epochs':True}, 'epochs=True: not of type int'),
+    ({'embed_p_end':'None'}, "'embed_p_end' has a value of the wrong type"),
     ({'drop_mult':9.}, '_p=')])
 def test_bad_config(copy, settings, msg):
     edit_settings(copy, **settings)

@@ -21,7 +21,7 @@ def test_bad_data(capsys, tmp_path, name, content, msg):
 
 def test_out_is_not_the_data(capsys, tmp_path):
     (tmp_path/'sample.txt').write_text('mine')
-    assert 'is where the data are' in fails(capsys, *flags(data=tmp_path, out=tmp_path/'.'), '--overwrite')
+    assert 'the data are there' in fails(capsys, *flags(data=tmp_path, out=tmp_path/'.'), '--overwrite')
     assert os.listdir(tmp_path)==['sample.txt']
 
 def test_unwritable_out(capsys, tmp_path, text):
