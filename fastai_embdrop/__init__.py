@@ -9,12 +9,12 @@ Modules:
 - `fastai_embdrop.loss`: A language model's training step that never holds its logits
 - `fastai_embdrop.awdlstm`: fastai's language model with its dropout defects mended, under the same names and with the same weights
 - `fastai_embdrop.adapt`: A callback that finds `embed_p` while the model trains
-- `fastai_embdrop.run.files`: What the training command reads and writes with care: weights, words, text, and a lock
+- `fastai_embdrop.run.files`: Read weights, words and text safely, write files whole, and lock the folder of a run
 - `fastai_embdrop.run.corpus`: Text to train on, read and tokenized in memory
 - `fastai_embdrop.run.settings`: The settings of a training run: a dataclass, a file and flags that agree
 - `fastai_embdrop.run.checkpoint`: A killed fit resumes from its last checkpoint and, on a CPU, ends with the same bits as an uninterrupted one
 - `fastai_embdrop.run.distrib`: Train a language model on several GPUs or in several CPU processes: each process reads its own rows and draws its own masks, and all share one `embed_p`
 - `fastai_embdrop.run.folder`: The folder of a run: what is in it, and how it is checked, written and loaded
-- `fastai_embdrop.run.train`: `embdrop-train`: a language model on real text, with embedding dropout that may move during the training"""
+- `fastai_embdrop.run.train`: `embdrop-train`: a language model on real text, with embedding dropout that can change during the training"""
 
 __version__ = "0.1.0"
