@@ -1,6 +1,6 @@
 """fastai's language model with its dropout defects mended, under the same names and with the same weights
 
-`AWD_LSTM` is [fastai's](https://docs.fast.ai/text.models.awdlstm.html), from Merity et al. 2017 ([arXiv 1708.02182](https://arxiv.org/abs/1708.02182)), with its three kinds of dropout replaced. It goes wherever fastai's goes: `language_model_learner`, `text_classifier_learner`, `save_encoder`, pretrained weights. A state dict has the same keys in the same order and loads both ways.
+`AWD_LSTM` is [fastai's](https://docs.fast.ai/text.models.awdlstm.html), from Merity et al. 2017 ([arXiv 1708.02182](https://arxiv.org/abs/1708.02182)), with its three kinds of dropout replaced. Use it wherever you use fastai's: with `language_model_learner`, `text_classifier_learner`, `save_encoder` and pretrained weights. Its state dict has the same keys in the same order, so weights load both ways.
 
 Docs: https://fastai-embdrop.github.io/fastai_embdrop/awdlstm.html.md"""
 
@@ -26,7 +26,7 @@ from .loss import _autocast_dtype, without_logits
 
 # %% ../nbs/05_awdlstm.ipynb #6b4e5096
 class RNNDropout(fastai_awdlstm.RNNDropout):
-    "Dropout with one mask for all time steps of a sequence (Gal & Ghahramani 2016); zeros at `p=1`"
+    "Dropout with one mask for all time steps of a sequence (Gal & Ghahramani 2016); gives zeros at `p=1`"
     def forward(self,
         x:torch.Tensor # Activations, shape (batch, time, features)
     )->torch.Tensor: # The same shape; a feature is dropped at every step or at none
@@ -35,7 +35,7 @@ class RNNDropout(fastai_awdlstm.RNNDropout):
 
 # %% ../nbs/05_awdlstm.ipynb #42ee4020
 class _WeightDropout(nn.Module):
-    "An RNN whose recurrent weights belong to this module"
+    "Wrap an RNN and own its recurrent weights"
     def __init__(self, module, weight_p, layer_names):
         super().__init__()
         self.module,self.weight_p,self.layer_names = module,weight_p,listify(layer_names)
@@ -45,7 +45,7 @@ class _WeightDropout(nn.Module):
         self.reset()
 
     def reset(self):
-        "Show the raw weights under their old names to whoever looks at the RNN, as quantization does"
+        "Make the raw weights visible under their old names on the RNN, where quantization looks for them"
         rnn = self.module
         if not isinstance(rnn, nn.RNNBase): return
         for n in self.layer_names:
@@ -72,7 +72,7 @@ class WeightDropout(_WeightDropout):
     def __init__(self,
         module:nn.RNNBase, # `nn.LSTM`, `nn.GRU` or `nn.RNN`
         weight_p:float, # Probability of dropping a weight, in [0, 1]
-        layer_names:str|list='weight_hh_l0' # Name(s) of the weights; `_reverse` ones follow theirs
+        layer_names:str|list='weight_hh_l0' # Name(s) of the weights to drop; includes their `_reverse` weights
     ): super().__init__(module, weight_p, layer_names)
 
     def _weight(self, n):
@@ -89,7 +89,7 @@ class WeightDropout(_WeightDropout):
         x:torch.Tensor, # Input, shape (batch, time, features)
         hx:tuple|torch.Tensor|None=None # Hidden state, as the RNN takes it
     )->tuple: # Output and hidden state of the RNN
-        if not isinstance(self.module, nn.RNNBase): return self.module(x, hx) # quantized since
+        if not isinstance(self.module, nn.RNNBase): return self.module(x, hx) # it was quantized
         _mute_not_flat()
         kind = x.data.device.type
         if _autocast_dtype(kind) is not torch.bfloat16: return self._run(x, hx)
@@ -102,12 +102,12 @@ _not_flat = 'RNN module weights are not part of single contiguous chunk of memor
 _mute = ('ignore', re.compile(_not_flat, re.I), UserWarning, None, 0)
 
 def _mute_not_flat():
-    "Ignore cuDNN's warning, and leave Python's record of shown warnings alone if it is ignored already"
+    "Ignore cuDNN's warning; set the filter only once, as each change makes Python repeat old warnings"
     if warnings.filters[:1]!=[_mute]: warnings.filterwarnings('ignore', _not_flat, UserWarning)
 
 # %% ../nbs/05_awdlstm.ipynb #3f32ab14
 class AWD_LSTM(fastai_awdlstm.AWD_LSTM):
-    "fastai's `AWD_LSTM` (Merity et al. 2017) with mended dropouts; a `ValueError` names a probability outside [0, 1]"
+    "fastai's `AWD_LSTM` (Merity et al. 2017) with mended dropouts; `ValueError` for a probability outside [0, 1]"
     def __init__(self,
         vocab_sz:int, # Size of the vocabulary
         emb_sz:int, # Size of an embedding
@@ -116,11 +116,11 @@ class AWD_LSTM(fastai_awdlstm.AWD_LSTM):
         pad_token:int=1, # Id of the padding token
         hidden_p:float=.2, # Dropout between the layers
         input_p:float=.6, # Dropout on the input of the first layer
-        embed_p:float=.1, # Dropout of words
-        weight_p:float=.5, # Dropout of recurrent weights
+        embed_p:float=.1, # Probability of dropping a word
+        weight_p:float=.5, # Probability of dropping a recurrent weight
         bidir:bool=False, # Bidirectional layers?
         per:str='batch', # What shares a mask: 'batch', 'sequence' or 'token', see `EmbeddingDropout`
-        hold:bool=False # Keep one draw of words until `reset()`?
+        hold:bool=False # Keep one mask of words until `reset()`?
     ):
         for n,p in dict(hidden_p=hidden_p, input_p=input_p, embed_p=embed_p, weight_p=weight_p).items(): check_p(p, n)
         super().__init__(vocab_sz, emb_sz, n_hid, n_layers, pad_token, hidden_p, input_p, embed_p, weight_p, bidir)
@@ -131,12 +131,12 @@ class AWD_LSTM(fastai_awdlstm.AWD_LSTM):
         return WeightDropout(nn.LSTM(n_in, n_out, 1, batch_first=True, bidirectional=bidir), weight_p)
 
     def reset(self):
-        "A fresh hidden state, and a fresh mask if one is held"
+        "Start with a fresh hidden state, and a fresh mask if one is held"
         super().reset()
         getcallable(self.encoder_dp, 'reset')()
 
     def children(self):
-        "All but `encoder` if it is in `encoder_dp` as well, so that fastai's `summary` counts it once"
+        "The child modules; `encoder` is left out if `encoder_dp` has it, so fastai's `summary` counts it once"
         inside = set(self.encoder_dp.modules())
         return (m for m in super().children() if m is not self.encoder or m not in inside)
 
@@ -146,15 +146,15 @@ class AWD_LSTM(fastai_awdlstm.AWD_LSTM):
 
 # %% ../nbs/05_awdlstm.ipynb #2a906d78
 def _mend_decoder(model):
-    "Give the decoder of a language model a dropout that can be 1"
+    "Give the decoder of a language model our `RNNDropout`, which also works at `p=1`"
     for m in model.modules():
         if isinstance(m, LinearDecoder): m.output_dp = RNNDropout(m.output_dp.p)
     return model
 
 def awd_lstm_lm_split(
     model:SequentialRNN # A language model
-)->list: # Its parameters, by layer
-    "fastai's layer groups of a language model, and a warning if its mask is held"
+)->list: # Its parameters, by layer group
+    "fastai's layer groups of a language model; warns if the model holds its mask"
     hold = 'hold=True in a language model: nothing resets it within an epoch, so one mask lasts that long'
     if model[0].encoder_dp.hold: warnings.warn(hold)
     return fastai_awdlstm.awd_lstm_lm_split(_mend_decoder(model))
@@ -167,7 +167,7 @@ _model_meta[AWD_LSTM] = {**_model_meta[fastai_awdlstm.AWD_LSTM], 'split_lm':awd_
 
 # %% ../nbs/05_awdlstm.ipynb #c10981da
 def _lm_config(config, drop_mult):
-    "`config` over the defaults, each of its probabilities times `drop_mult` checked"
+    "The defaults, updated with `config`; checks that each probability times `drop_mult` is in [0, 1]"
     cfg = {**awd_lstm_lm_config, **(config or {})}
     for n,p in cfg.items():
         if n.endswith('_p'): check_p(p*drop_mult, n)
@@ -178,21 +178,21 @@ def awd_lstm_lm(
     config:dict|None=None, # Entries that differ from `awd_lstm_lm_config`
     drop_mult:float=1. # Factor on every dropout probability of the configuration
 )->SequentialRNN: # `AWD_LSTM` and decoder; takes (batch, time) ids, gives (logits, raw outputs, dropped outputs)
-    "An untrained AWD-LSTM language model; a `ValueError` names a probability that `drop_mult` takes out of [0, 1]"
+    "An untrained AWD-LSTM language model; `ValueError` if `drop_mult` takes a probability out of [0, 1]"
     model = get_language_model(AWD_LSTM, vocab_sz, config=_lm_config(config, drop_mult), drop_mult=drop_mult)
     return _mend_decoder(model)
 
 # %% ../nbs/05_awdlstm.ipynb #75523bb5
 @delegates(language_model_learner, but='arch,splitter')
 def awd_lstm_learner(
-    dls:DataLoaders, # Of a language model
+    dls:DataLoaders, # Batches for a language model
     config:dict|None=None, # Entries that differ from `awd_lstm_lm_config`
     drop_mult:float=1., # Factor on every dropout probability of the configuration
     pretrained:bool=False, # Start from fastai's WikiText-103 weights? (downloads them)
-    loss_func=None, # Another loss than fastai's; it gets the logits
-    keep_logits:bool=False, # Hold the logits in training too? See `without_logits`
+    loss_func=None, # A loss to use instead of fastai's; it gets the logits
+    keep_logits:bool=False, # Compute the logits in training too? See `without_logits`
     alpha:float=2., # Factor of the penalty on activations
-    beta:float=1., # Factor of the penalty on their changes
+    beta:float=1., # Factor of the penalty on changes of activations between time steps
     **kwargs
 )->LMLearner: # Its training loss is computed without logits if nothing needs them
     "fastai's `language_model_learner` with `AWD_LSTM`, untrained unless `pretrained`"

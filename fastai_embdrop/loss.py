@@ -1,6 +1,6 @@
 """A language model's training step that never holds its logits
 
-The last layer of a language model gives a number to every word of the vocabulary at every position. For 64 rows of 72 tokens and 60,000 words that is 1.1 GB of logits, and as much again for their gradient, all to get one number, the loss. `linear_loss` computes that number from the hidden states, 512 positions at a time. `without_logits` puts it into a fastai `Learner`; `awd_lstm_learner` does so by itself. It needs torch 2.13.
+The last layer of a language model gives every word of the vocabulary a number, its logit, at every position. For 64 rows of 72 tokens and 60,000 words that is 1.1 GB of logits, and as much again for their gradient, all to get one number, the loss. `linear_loss` computes the loss from the hidden states, 512 positions at a time. `without_logits` puts it into a fastai `Learner`; `awd_lstm_learner` does so by default. This needs torch 2.13 or later.
 
 Docs: https://fastai-embdrop.github.io/fastai_embdrop/loss.html.md"""
 
@@ -24,20 +24,20 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.text.models.core import LinearDecoder, SequentialRNN
 
 # %% ../nbs/04_loss.ipynb #8a013415
-_chunk = 512
+_chunk = 512 # positions at a time
 
 def _autocast_dtype(kind):
-    "The dtype of autocast's products on devices of this `kind`, `None` without autocast"
+    "The dtype in which autocast multiplies on devices of this `kind`, or `None` without autocast"
     enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if enabled else None
 
 def linear_loss(
     x:torch.Tensor, # Hidden states, shape (batch, time, features)
-    decoder:nn.Linear, # The last layer, from features to words
-    targ:torch.Tensor # Ids of the right words, shape (batch, time); -100 is left out
-)->torch.Tensor: # A number
-    "Mean cross-entropy of `decoder(x)`, computed for 512 positions at a time"
-    x,targ = x.as_subclass(torch.Tensor).flatten(0, -2),targ.as_subclass(torch.Tensor).flatten() # no `TensorText`
+    decoder:nn.Linear, # The last layer: takes features, gives one logit per word
+    targ:torch.Tensor # Ids of the right words, shape (batch, time); positions with -100 are ignored
+)->torch.Tensor: # The mean loss, a scalar
+    "Mean cross-entropy of `decoder(x)`, computed 512 positions at a time"
+    x,targ = x.as_subclass(torch.Tensor).flatten(0, -2),targ.as_subclass(torch.Tensor).flatten() # not `TensorText`
     w,b = decoder.weight,decoder.bias
     dtype = _autocast_dtype(x.device.type) or w.dtype
     if dtype in (torch.float16, torch.bfloat16): return _low_precision_loss(x, w, b, targ, dtype)
@@ -46,24 +46,24 @@ def linear_loss(
 
 # %% ../nbs/04_loss.ipynb #371780e0
 def _chunk_loss(x, w, b, targ, dtype):
-    "Cross-entropy of a chunk, summed: a product in `dtype`, all else in float32, as under autocast"
+    "Summed cross-entropy of a chunk; as under autocast, the product is in `dtype` and all else in float32"
     logits = F.linear(x.to(dtype), w.to(dtype)).float()
     if b is not None: logits += b.float()
     return F.cross_entropy(logits, targ, reduction='sum')
 
 def _low_precision_loss(x, w, b, targ, dtype):
-    "`linear_loss` with products in `dtype`; the backward pass computes each chunk again"
+    "`linear_loss` with products in `dtype`; the backward pass computes the logits of each chunk again"
     sums = [checkpoint(_chunk_loss, xs, w, b, ts, dtype, use_reentrant=False, preserve_rng_state=False)
             for xs,ts in zip(x.split(_chunk), targ.split(_chunk))]
     return torch.stack(sums).sum()/(targ!=-100).sum()
 
 # %% ../nbs/04_loss.ipynb #8c01f5f2
 class LazyLM(SequentialRNN):
-    "fastai's language model, whose next training call leaves out the logits if `leave_out` is set"
+    "fastai's language model; if `leave_out` is set, its next call in training leaves out the logits"
     leave_out = False
     def forward(self,
         x:torch.Tensor # Word ids, shape (batch, time)
-    )->tuple: # Logits or what they are made of, and hidden states before and after dropout
+    )->tuple: # Logits (or their hidden states), then hidden states before and after dropout
         leave_out = self.leave_out and self.training
         if self.leave_out: self.leave_out = False
         if not leave_out: return super().forward(x)
@@ -80,12 +80,12 @@ def _refuse(self, *args): raise RuntimeError(_no_logits)
 
 @dataclass(repr=False, eq=False)
 class LazyLogits:
-    "What `learn.pred` is in training in place of the logits"
+    "Takes the place of the logits as `learn.pred` in training"
     x:torch.Tensor # Hidden states, shape (batch, time, features)
-    decoder:nn.Linear # What would make logits of them
+    decoder:nn.Linear # The layer that makes logits of them
 
     def logits(self)->torch.Tensor: # Shape (batch, time, words)
-        "The logits, made now"
+        "Compute the logits"
         return self.decoder(self.x)
 
     def __getattr__(self, name): raise AttributeError(f'{name}: {_no_logits}')
@@ -113,9 +113,11 @@ def _is_default(loss):
     return plain_func and loss.axis==-1 and loss.flatten
 
 def _has_hooks(m):
+    "Does `m` have hooks, or a `forward` of its own that replaces its class's?"
     return any((m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks, 'forward' in vars(m)))
 
 def _lazy_lm(model):
+    "The `LazyLM` inside `model`, which another module may wrap; `None` if there is none"
     return next((m for m in model.modules() if isinstance(m, LazyLM)), None)
 
 def _why_not(model, loss):
@@ -135,8 +137,8 @@ def _why_not(model, loss):
 
 # %% ../nbs/04_loss.ipynb #0081e008
 class NoLogits(Callback):
-    "Train a language model without its logits, unless something needs them; a warning then says once what"
-    order,run_valid = RNNCallback.order-1,False # first, so that no callback takes hidden states for `learn.pred`
+    "Train a language model without its logits; where that would change the result, keep them and warn once"
+    order,run_valid = RNNCallback.order-1,False # before callbacks that could mistake hidden states for logits
     asked = left_out = False
     warned = None
     def before_fit(self):
@@ -162,12 +164,12 @@ class NoLogits(Callback):
         self.learn.pred = (pred,*rest)
 
     def after_batch(self):
-        if self.left_out: _lazy_lm(self.model).leave_out = False # where the batch was cancelled before the model ran
+        if self.left_out: _lazy_lm(self.model).leave_out = False # in case the batch was cancelled before the model ran
 
 # %% ../nbs/04_loss.ipynb #fc058aff
 def without_logits(
-    learn:Learner # A language model's, such as `language_model_learner` makes
-)->Learner: # The same; as it was, with a warning, where its logits are needed or torch is older than 2.13
+    learn:Learner # Trains a language model, such as `language_model_learner` makes
+)->Learner: # `learn`; unchanged, with a warning, if it needs its logits or torch is older than 2.13
     "Train `learn` without its logits"
     lms = [m for m in learn.model.modules() if type(m) is SequentialRNN and type(m[-1]) is LinearDecoder]
     why = None
