@@ -132,7 +132,7 @@ def test_other_versions_warn(capsys, args, broken, monkeypatch):
     monkeypatch.setattr('fastai_embdrop.run.train.__version__', '9.9')
     main([*args, '--resume'])
     err = capsys.readouterr().err
-    assert err.startswith('embdrop-train: the result may differ')
+    assert err.startswith('embdrop-train: an uninterrupted run may end differently')
     assert 'fastai_embdrop: 0.1.0 -> 9.9' in err and err.count('\n')==1
 
 # Files
