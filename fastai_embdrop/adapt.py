@@ -46,7 +46,7 @@ def feedback_p(
     ema:float=.3, # Weight of the past in the smoothed measurements
     until:float=.6, # Fraction of the training after which the result does not rise
 )->float: # Probability for the next batches
-    "`gain` times the backlog of the control loss, between 0 and `max_p`; the backlog is measured from where it was least"
+    "`gain` times the backlog of the control loss above its least value, between 0 and `max_p`"
     if not history: return 0.
     x = smoothed([control - rho*train for _,_,train,control in history], ema)
     backlogs = [now - min(x[:i+1]) for i,now in enumerate(x)]
@@ -97,7 +97,7 @@ def eval_loss(
     learn:Learner, # In a fit or not
     batches:list, # As its loaders yield them
 )->float: # Mean loss
-    "Loss of `learn` on `batches` in eval mode, from a reset hidden state; it leaves `learn` and all generators as they were"
+    "Loss of `learn` on `batches` in eval mode, from a reset hidden state; `learn` and all generators stay as they were"
     with _left_as_is(learn):
         learn.model.eval()
         learn.training = False
@@ -131,7 +131,8 @@ def hold_out(
     share:float, # Share of its data, above 0 and below 1
 )->tuple: # Two loaders like `dl`: training data and control data
     "Divide the data of `dl`: whole texts and a part of one for a language model, which are held in memory, else items"
-    if not isinstance(dl, TfmdDL) or dl.n is None: raise ValueError(f'control={share} needs a fastai loader of items: give a `DataLoader`')
+    if not isinstance(dl, TfmdDL) or dl.n is None:
+        raise ValueError(f'control={share} needs a fastai loader of items: give a `DataLoader`')
     parts = _hold_out_text(dl, share) if _is_lm(dl) else _hold_out_items(dl, share)
     with no_random(reproducible=False): return tuple(dl.new(dataset=o) for o in parts)
 
@@ -144,12 +145,13 @@ class AdaptEmbedP(DropoutScheduler):
     "Find `embed_p` while a model trains: measure training loss and control loss 20 times in a fit, and follow `rule`"
     def __init__(self,
         max_p:float=.4, # Ceiling, above 0 and at most 1
-        control=None, # `DataLoader` of control data, or a share of the training data to hold out (None: the Learner's validation set)
+        control=None, # `DataLoader` of control data, or a share of the training data to hold out (None: validation set)
         key:str='embed_p', # What to adapt, as in `find_dropouts`
         rule:Callable|None=None, # Function from the measurements to a probability (None: `feedback_p` with `max_p`)
     ):
         if not 0 < max_p <= 1: raise ValueError(f'max_p={max_p}: a probability above 0')
-        if isinstance(control, (int,float)) and not 0 < control < 1: raise ValueError(f'control={control}: a share between 0 and 1')
+        is_share = isinstance(control, (int,float))
+        if is_share and not 0 < control < 1: raise ValueError(f'control={control}: a share between 0 and 1')
         self.control,self.rule = control,rule or partial(feedback_p, max_p=max_p)
         self.p,self.history,self.n_due,self.train_dl = 0.,[],0,None
         super().__init__({key:self._now})
@@ -165,7 +167,8 @@ def _control_dl(self:AdaptEmbedP):
         if num_distrib()>1: raise ValueError(f'control={self.control}: in several processes give a `DataLoader`')
         self.train_dl,control = hold_out(dls.train, self.control)
         return control
-    if self.control is None and len(dls.loaders)<2: raise ValueError('no control data: the Learner has no validation set; give `control`')
+    if self.control is None and len(dls.loaders)<2:
+        raise ValueError('no control data: the Learner has no validation set; give `control`')
     return dls.valid if self.control is None else self.control
 
 @patch
@@ -199,7 +202,8 @@ def after_batch(self:AdaptEmbedP):
 def _measure(self:AdaptEmbedP, n_due):
     "Measure both losses, and set the probability of the batches to come"
     losses = _of_rank_0([eval_loss(self.learn, o) for o in (self.samples.train, self.samples.control)])
-    if not all(map(math.isfinite, losses)): raise ValueError(f'training loss and control loss are {losses} at {n_due/n_measures:.0%} of the fit')
+    if not all(map(math.isfinite, losses)):
+        raise ValueError(f'training loss and control loss are {losses} at {n_due/n_measures:.0%} of the fit')
     self.history.append((n_due/n_measures, self.p, *losses))
     self.n_due,self.p = n_due,self.rule(self.history)
 

@@ -150,7 +150,7 @@ class EmbeddingDropout(RowDropout):
     def __init__(self,
         emb:nn.Embedding, # Embedding of V words in D dimensions; it keeps its weight, hooks and options
         embed_p:float, # Probability of dropping a word, in [0, 1]; may be assigned at any time
-        per:str='batch', # Which positions share a mask: 'batch' (Merity et al.), 'sequence' (Gal, Ghahramani) or 'token'
+        per:str='batch', # Which positions share a mask: 'batch' (Merity), 'sequence' (Gal, Ghahramani) or 'token'
         hold:bool=False # Keep one mask over all calls until `reset()`?
     ):
         super().__init__(embed_p, per, hold, _weight_of(emb))
