@@ -194,7 +194,7 @@ def _join(pieces, has_bos):
     "Join the tokens of the pieces of one text; if each piece begins with an `xxbos`, keep only the first"
     res = []
     for toks in pieces:
-        res += toks[1:] if has_bos and res else toks
+        res.extend(toks[1:] if has_bos and res else toks) # `+=` with an `L` of fastcore gives an `L`
     return res
 
 # %% ../../nbs/run/01_corpus.ipynb #b04114d2

@@ -227,3 +227,7 @@ def test_learner_predicts_and_shows(monkeypatch):
     learn.show_results(max_n=2)
     assert list(shown[0])==['input','target','pred'] and len(shown[0])==2
     assert learn.predict('w1 w2', n_words=3, no_bar=True).startswith('w1 w2')
+
+def test_tokens_are_plain_lists():
+    "What is written as JSON must be"
+    assert all(type(o) is list for tok in ('spacy','split') for o in tokenize(['a b', 'c'], tok))
