@@ -1,4 +1,6 @@
-"""What the rows of `experiments.adapt` say, by the criteria that its docstring fixed before they were run. Used by the page on the results."""
+"""What the rows of `experiments.adapt` say, by the criteria that its docstring fixed before any run
+
+The page nbs/results/adapt shows it."""
 import math
 from pathlib import Path
 import pandas as pd
@@ -29,7 +31,7 @@ def best_constant(df, cell):
     return outcomes(df, cell).loc[range(3), list(constants)].mean().idxmin()
 
 def regret(df, cell, arm, column='outcome'):
-    "Mean percent by which `column` of `arm` is above the last epoch of the best constant, paired by seed, and half of its 95 % interval"
+    "Percent by which `column` of `arm` is above the last epoch of the best constant: mean, half of its 95 % interval"
     ref = outcomes(df, cell)[best_constant(df, cell)]
     pct = 100*(outcomes(df, cell, column)[arm]/ref - 1).dropna()
     half = student.ppf(.975, len(pct)-1)*pct.std()/math.sqrt(len(pct))
@@ -37,10 +39,11 @@ def regret(df, cell, arm, column='outcome'):
 
 def worst(df, names, arm): return max(regret(df, c, arm)[0] for c in names)
 
-def kind(cell): return 'language models' if is_lm(cell) else {'sentiment':'the classifier','movielens':'the recommender'}[cell.split('/')[0]]
+kinds = dict(sentiment='the classifier', movielens='the recommender')
+def kind(cell): return 'language models' if is_lm(cell) else kinds[cell.split('/')[0]]
 
 def domain_verdict(df, name):
-    "Whether the candidate succeeds in a domain, and its figures; None while a cell lacks rows"
+    "Whether the candidate succeeds in a domain, its mean regret and its worst; None while a cell lacks rows"
     names = [c for c in cells if kind(c)==name]
     if not all(is_whole(df, c) for c in names): return None
     regrets = [regret(df, c, 'E3cap') for c in names]
@@ -54,17 +57,28 @@ def lower_worst(df):
     names = [c for c in cells if is_whole(df, c)]
     return [a for a in (*constants, 'switch', 'epochs') if worst(df, names, a)<=worst(df, names, 'E3cap')]
 
-def summary(df):
-    "What is known, in a few sentences"
-    whole = [c for c in cells if is_whole(df, c)]
-    done = f'{len(df)} of {planned()} runs are done'
-    names = list(dict.fromkeys(map(kind, cells)))
-    verdicts = {n:domain_verdict(df, n) for n in names}
-    said = [f"In {n} E3cap {'succeeds' if v[0] else 'fails'}: its mean regret is {v[1]:.1f} %, the worst {v[2]:.1f} %." for n,v in verdicts.items() if v]
-    has = 'has' if len(whole)==1 else 'have'
-    first = f'Judged in all three domains: {done}.' if all(verdicts.values()) else f'Not yet judged: {done}, {len(whole)} of {len(cells)} cells {has} all arms.'
-    if not whole: return first
+def verdicts(df):
+    "A sentence on the domains that can be judged, and one on those that cannot"
+    found = {name:domain_verdict(df, name) for name in dict.fromkeys(map(kind, cells))}
+    waiting = [name for name,verdict in found.items() if verdict is None]
+    judged = {name:verdict for name,verdict in found.items() if verdict is not None}
+    said = [f"{'succeeds' if ok else 'fails'} for {name} (mean regret {mean:.1f} %, worst {high:.1f} %)"
+            for name,(ok,mean,high) in judged.items()]
+    sentences = []
+    if said: sentences.append(f"E3cap {'; it '.join(said)}.")
+    if waiting: sentences.append(f"Not yet judged: {', '.join(waiting)}.")
+    return sentences
+
+def against_rivals(df, whole):
+    "Sentences on the worst regrets over the cells `whole`"
     rivals = lower_worst(df)
-    over = f"Where all arms are done the worst regret of E3cap is {worst(df, whole, 'E3cap'):.1f} %; "
-    over += f"no worse is that of {', '.join(rivals)}." if rivals else 'every constant, the switch and the epochs rule have a higher one.'
-    return ' '.join([first, *said, over])
+    compared = f"of {', '.join(rivals)} is no higher" if rivals else 'of every constant, switch and epochs is higher'
+    own = worst(df, whole, 'E3cap')
+    return [f'Over the cells with all arms, the worst regret of E3cap is {own:.1f} %.', f'The worst regret {compared}.']
+
+def summary(df):
+    "What is known, in a few sentences; the first one gives the verdicts"
+    whole = [c for c in cells if is_whole(df, c)]
+    has = 'has' if len(whole)==1 else 'have'
+    done = f'{len(df)} of {planned()} runs are done, and {len(whole)} of {len(cells)} cells {has} all arms.'
+    return ' '.join([*verdicts(df), done, *(against_rivals(df, whole) if whole else [])])

@@ -45,7 +45,7 @@ not_yet = dict(
     headings=set(),
     code=set(),
     output={'05_awdlstm.ipynb', 'results/speed.ipynb'},
-    files={'experiments/adapt.py', 'experiments/grid.py', 'experiments/judge.py', 'experiments/overhead.py',
+    files={'experiments/adapt.py', 'experiments/grid.py', 'experiments/overhead.py',
            'experiments/schedules.py', 'tests/adapt_ranks.py', 'tests/test_adapt.py', 'tests/test_experiments.py',
            'tests/test_experiments_adapt.py', 'tests/test_learner.py'},
     documented=set(),
