@@ -1,31 +1,62 @@
-"""Does `embed_p` that a model finds while it trains do as well as the best constant? One row per finished run in results/adapt.csv
+"""Does `embed_p` that a model finds while it trains do as well as the best constant? One row per finished run in
+results/adapt.csv
 
-Written before any of its runs. What had been seen: the 249 runs of `experiments.schedules`, and a first look of some 300 runs at feedback rules in the cells of that grid and a few more, on docstrings, wikitext-2-small and IMDB, all at last epochs and nearly all of one seed. The rules and their numbers were chosen there, so none of those cells can judge them. Learning rates, sizes and epochs of the classifier and of the recommender were set by runs at p = 0 alone.
+Written before any of its runs. What had been seen: the 249 runs of `experiments.schedules`, and a first look of some
+300 runs at feedback rules in the cells of that grid and a few more, on docstrings, wikitext-2-small and IMDB, all at
+last epochs and nearly all of one seed. The rules and their numbers were chosen there, so none of those cells can
+judge them. Learning rates, sizes and epochs of the classifier and of the recommender were set by runs at p = 0
+alone.
 
-Question. `AdaptEmbedP` measures the loss on a small sample of the training data and of control data 20 times in a fit and sets `embed_p` by a rule. Does one run with it end as well as the best of the constants 0, .1, .2, .3, .4 and .5, which take six runs to find, and better than rules that need no measuring?
+Question. `AdaptEmbedP` measures the loss on a small sample of the training data and of control data 20 times in a
+fit and sets `embed_p` by a rule. Does one run with it end as well as the best of the constants 0, .1, .2, .3, .4 and
+.5, which take six runs to find, and better than rules that need no measuring?
 
-Data. Each cell has three parts that do not overlap: training data, control data and the judge's data. Controllers, the choice of the learning rate and the choice of an epoch see the control data only. The judge's data gives the outcome and nothing else. The control loss of the whole control part is computed after each epoch in every arm, apart from the training's random numbers.
+Data. Each cell has three parts that do not overlap: training data, control data and the judge's data. Controllers,
+the choice of the learning rate and the choice of an epoch see the control data only. The judge's data gives the
+outcome and nothing else. The control loss of the whole control part is computed after each epoch in every arm, apart
+from the training's random numbers.
 
 Cells.
-wikitext, docstrings, imdb  Language models, one LSTM layer of 128 units, 2,000 words at most, the other dropouts at fastai's defaults, batches of 16 x 35, one-cycle. 60,000 words x 6 epochs and 15,000 x 25; judge and control 12,000 words each. wikitext 20,000 x 20 also with two layers, and with 256 units. Highest learning rate: of .003, .01 and .03 the one with the lowest control loss after the last epoch at p = 0, seed 0.
-sentiment  IMDB reviews cut to their first 100 tokens, by ULMFiT's way: a language model on 100,000 words of other reviews, then a classifier with its encoder, one epoch frozen (without the callback: the embedding does not train) and the rest unfrozen. 1,000 labelled reviews x 8 epochs and 4,000 x 3; judge 4,000 reviews, control 1,000.
-movielens  MovieLens-100k, `collab_learner` with 50 factors, embedding dropout on the user and the item table. 3 and 12 epochs on 80,000 ratings; judge 10,000 and control 10,000.
+wikitext, docstrings, imdb  Language models, one LSTM layer of 128 units, 2,000 words at most, the other dropouts at
+    fastai's defaults, batches of 16 x 35, one-cycle. 60,000 words x 6 epochs and 15,000 x 25; judge and control
+    12,000 words each. wikitext 20,000 x 20 also with two layers, and with 256 units. Highest learning rate: of .003,
+    .01 and .03 the one with the lowest control loss after the last epoch at p = 0, seed 0.
+sentiment  IMDB reviews cut to their first 100 tokens, by ULMFiT's way: a language model on 100,000 words of other
+           reviews, then a classifier with its encoder, one epoch frozen (without the callback: the embedding does
+           not train) and the rest unfrozen. 1,000 labelled reviews x 8 epochs and 4,000 x 3; judge 4,000 reviews,
+           control 1,000.
+movielens  MovieLens-100k, `collab_learner` with 50 factors, embedding dropout on the user and the item table. 3 and
+           12 epochs on 80,000 ratings; judge 10,000 and control 10,000.
 
 Arms. const-P: a constant.
-E3cap: the candidate. x is the control loss less .4 of the training loss, smoothed with .3 of the past; p = 4 (x - least x so far - .06), between 0 and .4; no rise after 60 % of the fit. It starts at 0.
+E3cap: the candidate. x is the control loss less .4 of the training loss, smoothed with .3 of the past; p = 4 (x -
+    least x so far - .06), between 0 and .4; no rise after 60 % of the fit. It starts at 0.
 E2: the same with gain 2, dead zone .1, no stop.
 switch: 0 until x has grown .15 above its least value, then .4 for good.
 epochs: a constant by the number of epochs alone, 0 up to 8, .4 from 20 on, linear between.
 E3cap-.3, E3cap-.55: the candidate with another ceiling, in two cells (its own .4 is the third).
-For each arm, from the same run, the epoch that was best on the control data too: p = 0 with its best epoch kept is the cheapest rival.
+For each arm, from the same run, the epoch that was best on the control data too: p = 0 with its best epoch kept is
+    the cheapest rival.
 
-All arms of a seed start from the same weights and see the same batches, so differences are paired. Three seeds; then two more of E3cap, E2 and the two constants that were best in the cell. Rows of a cell are of one model of processor, as another one moves a perplexity by 1 %.
+All arms of a seed start from the same weights and see the same batches, so differences are paired. Three seeds; then
+two more of E3cap, E2 and the two constants that were best in the cell. Rows of a cell are of one model of processor,
+as another one moves a perplexity by 1 %.
 
-Outcome. Perplexity, cross-entropy (sentiment) or RMSE (movielens) of the judge's data after the last epoch. Regret: the mean over seeds against that of the constant with the best mean, in percent, with a 95 % interval of the paired differences. The best of six means flatters the constants a little, which counts against the candidate.
+Outcome. Perplexity, cross-entropy (sentiment) or RMSE (movielens) of the judge's data after the last epoch. Regret:
+the mean over seeds against that of the constant with the best mean, in percent, with a 95 % interval of the paired
+differences. The best of six means flatters the constants a little, which counts against the candidate.
 
-Success. Language models: mean regret of E3cap at most 1 %, worst cell at most 3 %. Classifier and recommender: the interval of the regret includes 0 in each cell, or the regret is below it. Everywhere: the worst regret of E3cap over the cells is lower than that of every constant, of the switch and of the epochs rule. A domain that fails is said to fail, in the first sentence of the page on the results.
+Success. Language models: mean regret of E3cap at most 1 %, worst cell at most 3 %. Classifier and recommender: the
+interval of the regret includes 0 in each cell, or the regret is below it. Everywhere: the worst regret of E3cap over
+the cells is lower than that of every constant, of the switch and of the epochs rule. A domain that fails is said to
+fail, in the first sentence of the page on the results.
 
-Predictions. In the cells of few epochs p = 0 is best and E3cap stays near 0. In those of many epochs .3 to .5 is best, E3cap ends within 3 % of it, held back by its start at 0, and E2 is later and no better. The switch is as good as E3cap where a model overfits and is hurt by false alarms elsewhere. The epochs rule fails where the learning rate is low or the data small. The best epoch of p = 0 beats its own last epoch by far and comes within 5 % of the best constant's last one in language models; in sentiment it does as well. In movielens, where dropped rows leave the biases alone, constants above .2 hurt; E3cap finds less than that."""
+Predictions. In the cells of few epochs p = 0 is best and E3cap stays near 0. In those of many epochs .3 to .5 is
+best, E3cap ends within 3 % of it, held back by its start at 0, and E2 is later and no better. The switch is as good
+as E3cap where a model overfits and is hurt by false alarms elsewhere. The epochs rule fails where the learning rate
+is low or the data small. The best epoch of p = 0 beats its own last epoch by far and comes within 5 % of the best
+constant's last one in language models; in sentiment it does as well. In movielens, where dropped rows leave the
+biases alone, constants above .2 hurt; E3cap finds less than that."""
 import hashlib, json, math, random, re, time, zipfile
 from collections import namedtuple
 from functools import lru_cache, partial
@@ -34,8 +65,8 @@ from pathlib import Path
 import pandas as pd
 from fastai.collab import TabularCollab, collab_learner
 from fastai.tabular.all import Categorify
-from fastai.text.all import (Callback, Categorize, Datasets, Numericalize, SchedNo, SortedDL, TransformBlock, accuracy, pad_input_chunk,
-                             set_seed, text_classifier_learner, torch)
+from fastai.text.all import (Callback, Categorize, Datasets, Numericalize, SchedNo, SortedDL, TransformBlock, accuracy,
+                             pad_input_chunk, set_seed, text_classifier_learner, torch)
 from fastai_embdrop.adapt import AdaptEmbedP, eval_loss, feedback_p, smoothed
 from fastai_embdrop.anneal import DropoutScheduler
 from fastai_embdrop.awdlstm import AWD_LSTM, awd_lstm_clas_config, awd_lstm_learner
@@ -111,7 +142,9 @@ def best_constants(cell, stored):
     return sorted(rows, key=lambda a: sum(float(r['outcome']) for r in rows[a]))[:2]
 
 def stages(stored, names=tuple(cells)):
-    "Lists of keys in the order of the runs, up to the first that depends on rows to come; cut anywhere, most cells are whole"
+    """Lists of keys in the order of the runs, up to the first that depends on rows to come
+
+    Cut anywhere, most cells are whole."""
     for cell in names:
         if is_lm(cell): yield keys_of(cell, rates, [0])
         yield keys_of(cell, arms, range(3))
@@ -186,7 +219,8 @@ def clas_tokens(data):
     "Tokens and labels of the judge's, control and training reviews, and tokens of the reviews for the language model"
     ends = list(accumulate(clas_sizes.values(), initial=0))
     rs = reviews(data.wheels)
-    toks = tokenize([first_words([t], first_tokens)[0] for t,_ in rs[:ends[-1]]], n_workers=0) # a word is a token at least
+    # a word is a token at least
+    toks = tokenize([first_words([t], first_tokens)[0] for t,_ in rs[:ends[-1]]], n_workers=0)
     items = [(t[:first_tokens], label) for t,(_,label) in zip(toks, rs)]
     other = first_words([t for t,_ in rs[ends[-1]:]], lm_words+held_out)
     return {k:items[a:b] for k,a,b in zip(clas_sizes, ends, ends[1:])},tokenize(other, n_workers=0)
@@ -227,8 +261,9 @@ def movielens_learner(cell, seed, data):
     end = n + held_ratings
     splits = list(range(n)),list(range(n, end))
     set_seed(seed, reproducible=True)
-    def table(df, splits=None): return TabularCollab(df, [Categorify], ['user','item'], y_names=['rating'], y_block=TransformBlock(), splits=splits)
-    dls = table(df[:end], splits).dataloaders(bs=256, val_bs=2048, device='cpu')
+    table = TabularCollab(df[:end], [Categorify], ['user','item'], y_names=['rating'], y_block=TransformBlock(),
+                          splits=splits)
+    dls = table.dataloaders(bs=256, val_bs=2048, device='cpu')
     control = dls.test_dl(df[end:end+held_ratings].copy())
     learn = collab_learner(dls, n_factors=50, y_range=(.5, 5.5))
     add_embedding_dropout(learn.model, 0., only=re.compile('^[ui]_weight$'))
@@ -247,10 +282,14 @@ class ControlLoss(Callback):
     def before_fit(self): self.losses = []
     def after_epoch(self): self.losses.append(eval_loss(self.learn, self.batches))
 
-def outcome_of(domain, loss): return loss if domain=='sentiment' else math.sqrt(loss) if domain=='movielens' else math.exp(loss)
+def outcome_of(domain, loss):
+    "Cross-entropy, RMSE or perplexity"
+    if domain=='sentiment': return loss
+    return math.sqrt(loss) if domain=='movielens' else math.exp(loss)
 
-columns = (*key_columns, 'lr', 'train_loss', 'judge_loss', 'control_loss', 'accuracy', 'outcome', 'best_epoch', 'best_outcome', 'ps', 'mean_p',
-           'final_p', 'batches', 'seconds', 'threads', 'hardware', 'commit', 'versions', 'date', 'fingerprint')
+columns = (*key_columns, 'lr', 'train_loss', 'judge_loss', 'control_loss', 'accuracy', 'outcome', 'best_epoch',
+           'best_outcome', 'ps', 'mean_p', 'final_p', 'batches', 'seconds', 'threads', 'hardware', 'commit', 'versions',
+           'date', 'fingerprint')
 
 def train(key, data):
     "Learner and callbacks of a finished run, its fingerprint, and the seconds that the training took"
@@ -268,17 +307,22 @@ def run(key, data):
     "The row of a run, which depends on `key`, the rate of its cell and the data alone (but for times and provenance)"
     torch.set_num_threads(1)
     learn,sched,note,mark,seconds = train(key, data)
-    parts = key.split('/')
+    domain,_,arm,_ = parts = key.split('/')
     train_loss,judge_loss,*metrics = zip(*learn.recorder.values)
-    outcomes = [outcome_of(parts[0], o) for o in judge_loss]
+    outcomes = [outcome_of(domain, o) for o in judge_loss]
     best = min(range(len(outcomes)), key=note.losses.__getitem__)
-    ps,prov = learn.recorder.hps['embed_p'],provenance('cpu')
-    joined = {k:';'.join(map(str, o)) for k,o in dict(train_loss=train_loss, judge_loss=judge_loss, control_loss=note.losses).items()}
-    return dict(zip(key_columns, parts), lr=rates.get(parts[2]) or data.rates[cell_of(key)], **joined,
-                accuracy=';'.join(map(str, metrics[0])) if parts[0]=='sentiment' else '', outcome=outcomes[-1], best_epoch=best+1,
-                best_outcome=outcomes[best], ps=';'.join(f'{p:.3f}' for _,p,*_ in getattr(sched, 'history', ())), mean_p=f'{sum(ps)/len(ps):.4f}',
-                final_p=f'{ps[-1]:.4f}', batches=len(ps), seconds=f'{seconds:.1f}', threads=torch.get_num_threads(), fingerprint=mark,
-                **{k:prov[k] for k in ('hardware','commit','versions','date')})
+    measured,ps = getattr(sched, 'history', ()),learn.recorder.hps['embed_p']
+    prov = provenance('cpu')
+    return dict(
+        zip(key_columns, parts), lr=rates.get(arm) or data.rates[cell_of(key)],
+        train_loss=joined(train_loss), judge_loss=joined(judge_loss), control_loss=joined(note.losses),
+        accuracy=joined(metrics[0]) if domain=='sentiment' else '',
+        outcome=outcomes[-1], best_epoch=best+1, best_outcome=outcomes[best],
+        ps=joined(f'{p:.3f}' for _,p,*_ in measured), mean_p=f'{sum(ps)/len(ps):.4f}', final_p=f'{ps[-1]:.4f}',
+        batches=len(ps), seconds=f'{seconds:.1f}', threads=torch.get_num_threads(), fingerprint=mark,
+        **{k:prov[k] for k in ('hardware','commit','versions','date')})
+
+def joined(values): return ';'.join(map(str, values))
 
 grid = Grid(run, key_columns, columns, 'outcome')
 
@@ -312,7 +356,8 @@ def run_all(path, data, only=('*',), workers=1):
 
 def main(argv=None):
     p = parser('adapt', __doc__, 'adapt.csv')
-    p.add_argument('--data', metavar='PATH', default=wheels, help='folder with the wheels that `make data` gets (default: build/data)')
+    p.add_argument('--data', metavar='PATH', default=wheels,
+                   help='folder with the wheels that `make data` gets (default: build/data)')
     args = p.parse_args(argv)
     data,stored = Data(args.wikitext, args.data),grid.stored_rows(args.out)
     if args.once: return 0 if grid.once(args.once, args.out, with_rates(data, stored)) else 1

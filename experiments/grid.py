@@ -1,6 +1,7 @@
-"""A grid of runs with one row each in a CSV: it may be killed at any time and resumes, rows are whole, one grid writes at a time
+"""A grid of runs with one row each in a CSV, which can be killed at any time and run again to resume
 
-A run is a function of its key and of the data alone, in a process with one thread. What differs between grids is in `Grid`."""
+Rows are whole, and one grid writes at a time. A run is a function of its key and of the data alone, in a process with
+one thread. What differs between grids is in `Grid`."""
 import argparse, csv, fcntl, io, os, signal, threading, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Grid:
     key_columns:tuple # Columns that make the key, joined by `/`
     columns:tuple # All columns
     outcome:str # The column that two runs of a key must agree on bit for bit
-    check:Callable = lambda keys, stored, data: None # Stops the grid if the runs to come could not be compared with the stored rows
+    check:Callable = lambda keys, stored, data: None # Raises if runs could not be compared with the stored rows
 
     def key_of(self, row): return '/'.join(row[k] for k in self.key_columns)
 
@@ -68,8 +69,8 @@ class Grid:
             for i,r in enumerate(self.rows(todo, workers, data), 1):
                 self.append(f, r)
                 left = format_time((time.time()-t)/i*(len(todo)-i))
-                done = f'[{len(keys)-len(todo)+i}/{len(keys)}]'
-                print(f"{done} {self.key_of(r)}: {self.outcome} {r[self.outcome]:.3f}, {r['seconds']} s; {left} to go", flush=True)
+                done = f'[{len(keys)-len(todo)+i}/{len(keys)}] {self.key_of(r)}'
+                print(f"{done}: {self.outcome} {r[self.outcome]:.3f}, {r['seconds']} s; {left} to go", flush=True)
         print(f'{len(keys)} runs in {path}')
 
     def once(self, key, path, data=None):
@@ -81,11 +82,14 @@ class Grid:
 
 def parser(name, doc, out):
     "The flags that every grid has"
-    p = argparse.ArgumentParser(f'python -m experiments.{name}', description=doc.splitlines()[0], allow_abbrev=False)
-    p.add_argument('--wikitext', metavar='PATH', help='folder with train.txt and valid.txt, tokenized already; without it no run on wikitext')
+    question = doc.split('\n\n')[0]
+    p = argparse.ArgumentParser(f'python -m experiments.{name}', description=question, allow_abbrev=False)
+    p.add_argument('--wikitext', metavar='PATH',
+                   help='folder with train.txt and valid.txt, tokenized already; without it no run on wikitext')
     p.add_argument('--only', metavar='GLOB', nargs='+', default=['*'], help='runs whose key matches')
     p.add_argument('--workers', type=int, default=2, help='processes, one thread each (default: 2)')
-    p.add_argument('--out', metavar='CSV', default=Path(__file__).parent/'results'/out, help=f'rows (default: experiments/results/{out})')
+    p.add_argument('--out', metavar='CSV', default=Path(__file__).parent/'results'/out,
+                   help=f'rows (default: experiments/results/{out})')
     p.add_argument('--list', action='store_true', help='print the grid, what is done and what is to do, and stop')
     p.add_argument('--once', metavar='KEY', help='run a key again, compare with its row, and stop')
     return p

@@ -1,6 +1,7 @@
-"""What do the measurements of `AdaptEmbedP` cost? Fits of 500 batches with it and without, in turn, on random words: `python -m experiments.overhead`
+"""What do the measurements of `AdaptEmbedP` cost? Fits with and without them, in turn, on random words
 
-A rule that answers 0 keeps both fits the same but for the measurements. Times are the process's own, so that other work on the machine counts little."""
+A rule that returns 0 makes the two fits the same except for the measurements. Times are processor time, so other work
+on the machine counts little. Run it with `python -m experiments.overhead`."""
 import argparse, time
 from statistics import median
 import numpy as np
@@ -23,7 +24,8 @@ def seconds(dls, units, epochs, cbs):
 
 def main(argv=None):
     p = argparse.ArgumentParser('python -m experiments.overhead', description=__doc__.splitlines()[0])
-    for name,value in dict(batches=500, units=128, words=2000, runs=5).items(): p.add_argument(f'--{name}', type=int, default=value)
+    for name,value in dict(batches=500, units=128, words=2000, runs=5).items():
+        p.add_argument(f'--{name}', type=int, default=value)
     args = p.parse_args(argv)
     torch.set_num_threads(1)
     epochs,bs,seq_len = 10,16,35
@@ -31,9 +33,12 @@ def main(argv=None):
     def text(n): return [f'w{i}' for i in rng.integers(0, args.words, n)]
     n = args.batches//epochs*bs*seq_len + 1
     dls = lm_dataloaders([text(n)], [text(12_000)], tok='split', min_freq=1, bs=bs, seq_len=seq_len, device='cpu')
-    times = [(seconds(dls, args.units, epochs, []), seconds(dls, args.units, epochs, [AdaptEmbedP(rule=zero)])) for _ in range(args.runs+1)][1:]
+    def pair(): return [seconds(dls, args.units, epochs, cbs) for cbs in ([], [AdaptEmbedP(rule=zero)])]
+    pair() # to warm up
+    times = [pair() for _ in range(args.runs)]
+    without,with_it = map(median, zip(*times))
     share = median(b/a-1 for a,b in times)
-    print(f'{epochs*len(dls.train)} batches: {median(a for a,_ in times):.2f} s without, {median(b for _,b in times):.2f} s with, '
+    print(f'{epochs*len(dls.train)} batches: {without:.2f} s without, {with_it:.2f} s with, '
           f'{share:+.1%} (median of {args.runs} pairs); {hardware("cpu")}')
 
 if __name__=='__main__': main()
