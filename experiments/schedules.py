@@ -89,7 +89,8 @@ def controls(name):
 constants = 'none','const-0.02','const-0.1','const-0.2','const-0.4'
 names = tuple(dict.fromkeys([*constants, *(c for m in moving for c in controls(m)), *moving]))
 def p_of(name): return 0. if name=='none' else float(name.removeprefix('const-'))
-scheds = {n:moving.get(n) or SchedNo(p_of(n), p_of(n)) for n in names}
+edge = 'const-0.5','const-0.6' # beyond the grid: see `experiments.edge`
+scheds = {n:moving.get(n) or SchedNo(p_of(n), p_of(n)) for n in (*names, *edge)}
 
 # The grid
 
