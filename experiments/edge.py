@@ -6,7 +6,6 @@ They judge no schedule and change no verdict of the grid. What had been seen: si
 that adapt p, in which .5 was within 4 % of .4 on either side, and .6 was worse than .5 in all four cells.
 
 Predictions. .5 is within 2 % of .4 in `only` and 2 to 5 % above it in `many`; .6 is above .5 in all four."""
-from pathlib import Path
 from experiments.grid import matching, parser, print_list
 from experiments.schedules import edge, grid_of
 
