@@ -44,14 +44,23 @@ class _WeightDropout(nn.Module):
             delattr(module, n)
         self.reset()
 
+    def _show(self, n, w):
+        "Make `w` visible under its old name `n` on the RNN, where quantization looks for it"
+        self.module.__dict__[n] = w.detach()
+
     def reset(self):
-        "Make the raw weights visible under their old names on the RNN, where quantization looks for them"
+        "Show the raw weights"
         rnn = self.module
         if not isinstance(rnn, nn.RNNBase): return
         for n in self.layer_names:
-            rnn.__dict__[n] = getattr(self, f'{n}_raw').detach()
+            self._show(n, getattr(self, f'{n}_raw'))
             i = rnn._flat_weights_names.index(n)
             rnn._flat_weights[i] = rnn._flat_weight_refs[i] = None # `forward` fills it in
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.reset()
+        return self
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -76,8 +85,11 @@ class WeightDropout(_WeightDropout):
     ): super().__init__(module, weight_p, layer_names)
 
     def _weight(self, n):
-        w = getattr(self, f'{n}_raw') if n in self.layer_names else getattr(self.module, n)
-        return F.dropout(w, self.weight_p, self.training) if n.removesuffix('_reverse') in self.layer_names else w
+        is_raw = n in self.layer_names
+        w = getattr(self, f'{n}_raw') if is_raw else getattr(self.module, n)
+        if n.removesuffix('_reverse') in self.layer_names: w = F.dropout(w, self.weight_p, self.training)
+        if is_raw and not _is_traced(): self._show(n, w)
+        return w
 
     def _run(self, x, hx):
         rnn = self.module
@@ -94,6 +106,8 @@ class WeightDropout(_WeightDropout):
         kind = x.data.device.type
         if _autocast_dtype(kind) is not torch.bfloat16: return self._run(x, hx)
         with torch.autocast(kind, enabled=False): return self._run(_float(x), _float(hx))
+
+def _is_traced(): return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 def _float(x):
     return x.float() if hasattr(x, 'float') else x and tuple(map(_float, x))

@@ -48,6 +48,25 @@ def test_the_lstm_shows_the_raw_weight(change):
     assert m.module.weight_hh_l0.dtype==m.module.weight_hh_l0_reverse.dtype
     assert len(list(m.parameters()))==8 and 'module.weight_hh_l0' not in m.state_dict()
 
+def test_the_lstm_shows_the_weight_of_its_last_call():
+    "As fastai's does, whose notebook reads it; in evaluation it is the raw weight at once, which quantization reads"
+    m = WeightDropout(nn.LSTM(3, 4), .5)
+    m(torch.randn(2, 5, 3))[0].sum().backward()
+    shown,raw = m.module.weight_hh_l0,m.weight_hh_l0_raw
+    dropped = shown==0
+    assert 0 < dropped.sum() < dropped.numel()
+    assert (raw.grad[dropped]==0).all() and torch.equal(shown[~dropped], 2*raw[~dropped])
+    assert not shown.requires_grad, 'or the module could not be copied'
+    assert shared(m.eval())
+
+def test_the_lstm_keeps_no_tensor_of_a_transform():
+    "Such a tensor is dead after the transform"
+    m,x = WeightDropout(nn.LSTM(3, 4), .5),torch.randn(2, 5, 3)
+    def loss(params): return torch.func.functional_call(m, params, (x,))[0].sum()
+    grads = torch.func.grad(loss)(dict(m.named_parameters()))
+    assert grads.keys()==dict(m.named_parameters()).keys()
+    assert shared(m)
+
 def test_reset_is_fastais():
     m = WeightDropout(nn.LSTM(3, 4), .5)
     m.module.weight_hh_l0 = torch.zeros(16, 4)
