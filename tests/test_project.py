@@ -44,7 +44,7 @@ not_yet = dict(
     visible=set(),
     headings=set(),
     code=set(),
-    output={'05_awdlstm.ipynb', 'results/speed.ipynb'},
+    output=set(),
     files={'tests/adapt_ranks.py', 'tests/test_adapt.py', 'tests/test_experiments.py',
            'tests/test_experiments_adapt.py', 'tests/test_learner.py'},
     documented=set(),
@@ -124,6 +124,14 @@ def test_visible_cells_run_when_copied(processed):
     ready = [processed/n for n in copied if n not in not_yet['visible']]
     run('tools/visible.py', *ready, cwd=root, PYTHONPATH=str(root))
 
+def test_the_site_says_what_each_setting_means(processed):
+    from fastai_embdrop.run.settings import Settings
+    from fastai_embdrop.run.settings import Settings
+    data = [o.get('data', {}) for o in outputs(processed/'run/02_settings.ipynb')]
+    rows = ''.join(''.join(d.get('text/markdown', '')) for d in data).splitlines()
+    meanings = [(f.name, f.default, docments(Settings)[f.name]) for f in dataclasses.fields(Settings)]
+    assert not [name for name,default,meaning in meanings if f'| `{name}` | {default} | {meaning} |' not in rows]
+
 # What a page is
 
 texts = [*pages, *(root/f'{o}.md' for o in ('README', 'CONTRIBUTING', 'CHANGELOG', 'SECURITY'))]
@@ -156,6 +164,39 @@ def test_style_of_headings_and_lines(page):
     assert not long or name in not_yet['code'], 'lines of code have 120 characters at most'
     wide = [l for o in outputs(page) for l in printed(o).splitlines() if len(l)>160]
     assert not wide or name in not_yet['output'], 'lines of output have 160 characters at most'
+
+unreadable = re.compile(r"""^\[\d+, .*'\d+:\d+'\]$|^Text\(\d|\b0x[0-9a-f]{6}|<[\w.]*Learner\b""")
+
+@pytest.mark.parametrize('page', pages, ids=names)
+def test_outputs_are_made_for_readers(page):
+    "No log of a fit as lists, no text of a figure as its repr, no address, no repr of a Learner"
+    lines = [l for o in outputs(page) for l in printed(o).splitlines()]
+    assert not [l for l in lines if unreadable.search(l)]
+
+@pytest.mark.parametrize('page', pages, ids=names)
+def test_anchors_are_headings(page):
+    for target,anchor in re.findall(r'\]\(((?:\.{0,2}[\w/.]+\.ipynb)?)#([\w-]+)\)', markdown(page)):
+        text = unfenced(markdown((page.parent/target) if target else page))
+        headings = re.findall(r'^#+ (.+)$', text, re.M)
+        assert anchor in [re.sub(r'[^\w\- ]', '', h).lower().replace(' ', '-') for h in headings]
+
+tutorials = [p for p in pages if p.parent.name=='tutorials']
+@pytest.mark.parametrize('page', tutorials, ids=lambda p: p.name)
+def test_tutorials_open_in_colab(page, monkeypatch):
+    "By a link below the title; the first cell of code installs there what the page says, and nothing elsewhere"
+    repository = re.search(r'^Repository = "(.+)"', (root/'pyproject.toml').read_text(), re.M)[1]
+    there = repository.replace('https://github.com', 'https://colab.research.google.com/github')
+    assert source(cells(page)[1]).startswith(f'[Open in Colab]({there}/blob/main/nbs/tutorials/{page.name})')
+
+    commands,first = [],source(cells(page, 'code')[0])
+    monkeypatch.setattr(subprocess, 'check_call', commands.append)
+    exec(first, {})
+    assert commands==[]
+    monkeypatch.setitem(sys.modules, 'google.colab', None)
+    exec(first, {})
+    installed = {o for command in commands for o in command}
+    needed = re.findall(r'pip install (?:--no-deps )?([\w-]+(?:==[\w.]+)?)`', markdown(page))
+    assert {f'git+{repository}', *needed} <= installed
 
 written = [p for d in ('tests','tools','benchmarks','experiments') for p in sorted((root/d).rglob('*.py'))]
 @pytest.mark.parametrize('file', written, ids=lambda p: p.relative_to(root).as_posix())
