@@ -12,14 +12,10 @@ __all__ = ['check_weights', 'load_weights', 'read_text', 'read_json', 'read_voca
 # %% ../../nbs/run/00_files.ipynb #2a852abe
 import json,os,pickletools,re
 from contextlib import contextmanager,suppress
-from pathlib import Path
 from typing import Callable
 from zipfile import ZipFile
-import torch
-from fastai.text.core import defaults
-from fastai.torch_core import rank_distrib
+from fastai.text.all import *
 from filelock import FileLock,Timeout
-from torch import Tensor
 
 # %% ../../nbs/run/00_files.ipynb #1d2875d0
 _rebuilds_tensors = re.compile(r'torch\._utils _rebuild_tensor_v2|torch \w+Storage|collections OrderedDict')
@@ -37,11 +33,20 @@ def check_weights(
     if unsafe: raise ValueError(f'its pickle names {unsafe[0]}')
 
 # %% ../../nbs/run/00_files.ipynb #6d7f7d94
+@contextmanager
+def _safely(path, fault):
+    "Inside this context, an error becomes a `ValueError` that names `path`, unless no file could be opened"
+    try: yield
+    except Exception as e: # an unpickler can raise anything
+        if isinstance(e, OSError) and e.filename: raise
+        reason = ' '.join(str(e).split())[:99] or type(e).__name__
+        raise ValueError(f'{path}: {fault} ({reason})') from None
+
 def load_weights(
     path:str|Path # A state dict, as `torch.save` writes it
 )->dict: # Tensors by name, on the CPU; their data stay in the file until they are used
     "Load tensors and run no code; a `ValueError` names the file if it is damaged or holds anything else"
-    try:
+    with _safely(path, 'no weights that are safe to load'):
         check_weights(path)
         wgts = torch.load(path, 'cpu', weights_only=True, mmap=True)
         if not isinstance(wgts, dict): raise ValueError('not tensors by name')
@@ -50,11 +55,7 @@ def load_weights(
         if not by_name: raise ValueError('not tensors by name')
         too_large = any(v.nbytes>v.untyped_storage().nbytes() for v in wgts.values())
         if too_large: raise ValueError('a tensor is larger than its file')
-    except Exception as e: # an unpickler can raise anything
-        if isinstance(e, OSError) and e.filename: raise
-        reason = ' '.join(str(e).split())[:99] or type(e).__name__
-        raise ValueError(f'{path}: no weights that are safe to load ({reason})') from None
-    return wgts
+        return wgts
 
 # %% ../../nbs/run/00_files.ipynb #fef4a3d3
 def read_text(
@@ -87,11 +88,6 @@ def read_vocab(
     return vocab
 
 # %% ../../nbs/run/00_files.ipynb #16946781
-def _disk_error(e):
-    "The `OSError` behind `e`: `e` itself, or what torch's zip writer turned into a `RuntimeError`; None for others"
-    found = [o for o in (e, e.__context__) if isinstance(o, OSError)]
-    return found[0] if found else None
-
 def write_atomic(
     path:str|Path, # File to write
     write:Callable, # Called with a binary file, writes the content to it
@@ -109,9 +105,9 @@ def write_atomic(
         if prev and path.exists(): os.replace(path, prev)
         os.replace(tmp, path)
     except (OSError,RuntimeError) as e:
-        error = _disk_error(e)
-        if error is None: raise
-        raise OSError(f'{path}: cannot be written ({error.strerror or error})') from None
+        cause = e if isinstance(e, OSError) else e.__context__ # torch's zip writer hides the error of the disk
+        if not isinstance(cause, OSError): raise
+        raise OSError(f'{path}: cannot be written ({cause.strerror or cause})') from None
     finally:
         with suppress(OSError): tmp.unlink()
 

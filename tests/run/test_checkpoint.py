@@ -19,8 +19,8 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai_embdrop.adapt import AdaptEmbedP
 from fastai_embdrop.anneal import AnnealEmbedP, DropoutScheduler
 from fastai_embdrop.awdlstm import awd_lstm_learner
-from fastai_embdrop.run.checkpoint import (CSVHistory, Checkpoint, checkpoint_files, from_plain, last_checkpoint,
-                                           read_checkpoint, signal_handlers, to_plain)
+from fastai_embdrop.run.checkpoint import (CSVHistory, Checkpoint, _from_plain as from_plain, _to_plain as to_plain,
+                                           checkpoint_files, last_checkpoint, read_checkpoint, signal_handlers)
 from fastai_embdrop.run.corpus import lm_dataloaders
 from conftest import SMALL, random_tokens, small_dls
 
