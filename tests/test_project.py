@@ -106,6 +106,10 @@ def test_every_page_processes(processed):
     assert not [n for n in names if not (processed/n).exists()]
     assert not [n for n in names for o in outputs(processed/n) if o['output_type']=='error']
 
+def test_no_link_within_a_link(processed):
+    "nbdev links the names of this package, also where a page made a link of them"
+    assert not [n for n in names if re.search(r'\[[^]\n]*\[[^]\n]*\]\([^)\n]*\)[^]\n]*\]\(', markdown(processed/n))]
+
 def test_headings_of_the_api_reach_the_contents(processed):
     "Quarto leaves out the headings of cells with metadata of their own"
     shown = [c for c in cells(processed/'00_dropout.ipynb', 'code') if 'output: asis' in source(c)]
@@ -126,9 +130,8 @@ def test_visible_cells_run_when_copied(processed):
 
 def test_the_site_says_what_each_setting_means(processed):
     from fastai_embdrop.run.settings import Settings
-    from fastai_embdrop.run.settings import Settings
     data = [o.get('data', {}) for o in outputs(processed/'run/02_settings.ipynb')]
-    rows = ''.join(''.join(d.get('text/markdown', '')) for d in data).splitlines()
+    rows = '\n'.join(''.join(d.get('text/markdown', '')) for d in data).splitlines()
     meanings = [(f.name, f.default, docments(Settings)[f.name]) for f in dataclasses.fields(Settings)]
     assert not [name for name,default,meaning in meanings if f'| `{name}` | {default} | {meaning} |' not in rows]
 
