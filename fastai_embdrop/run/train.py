@@ -1,6 +1,6 @@
 """`embdrop-train`: a language model on real text, with embedding dropout that can change during the training
 
-`train_lm` trains a model as its [`Settings`](02_settings.ipynb) say and writes a [folder](05_folder.ipynb). `embdrop-train` does the same from the command line.
+`train_lm` trains a model as its `Settings` say and writes a [folder](05_folder.ipynb). `embdrop-train` does the same from the command line.
 
 Docs: https://fastai-embdrop.github.io/fastai_embdrop/run/train.html.md"""
 
