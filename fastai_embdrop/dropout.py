@@ -22,7 +22,8 @@ def check_p(
     name:str='embed_p' # What to call it in the error
 )->float: # `p` as a float
     "`p`, or a `ValueError` that shows `name` and `p` if it is not in [0, 1]"
-    is_probability = isinstance(p, Real) and 0 <= p <= 1
+    is_number = isinstance(p, Real) and not isinstance(p, bool)
+    is_probability = is_number and 0 <= p <= 1
     if not is_probability: raise ValueError(f'{name}={p!r}: a probability is a number in [0, 1]')
     return float(p)
 

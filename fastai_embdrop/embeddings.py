@@ -46,7 +46,8 @@ def _is_chosen(name, m, only):
     if only is None: return _is_fastais(m) or m.embedding_dim>1
     if isinstance(only, str): return fnmatchcase(name, only)
     if isinstance(only, re.Pattern): return bool(only.search(name))
-    return bool(only(name))
+    if callable(only): return bool(only(name))
+    raise TypeError(f'only={only!r}: a glob, a regex or a function of a name')
 
 # %% ../nbs/01_embeddings.ipynb #14813967
 def _why_none(found, only):
