@@ -1,4 +1,6 @@
-"What each process of tests/test_adapt.py does: a fit whose processes would measure different losses; the argument is the folder for the results."
+"""What each process of tests/test_adapt.py does: a fit whose processes would measure different losses
+
+The argument is the folder for the results."""
 import sys
 from pathlib import Path
 import torch

@@ -1,7 +1,7 @@
-"""Pins that `AdaptEmbedP` measures what it says and leaves the training as it was, in every kind of Learner that fastai has an
-embedding in; that its rule is what the page says; where it is silent, and what it refuses.
+"""Pins that `AdaptEmbedP` measures what it says and leaves the training as it was; its rule; what it refuses
 
-The rule's reference is a loop over the measurements written from the page's formula, and losses are compared with `validate`'s.
+It is tried in every kind of Learner in which fastai has an embedding. The rule's reference is a loop over the
+measurements, written from the page's formula. Losses are compared with `validate`'s.
 """
 import math, subprocess, sys
 from functools import partial
@@ -19,7 +19,8 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner, load_learner
 from fastai.metrics import accuracy
 from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabular_learner
-from fastai.text.all import Categorize, Datasets, Numericalize, SortedDL, pad_input_chunk, set_seed, text_classifier_learner
+from fastai.text.all import (Categorize, Datasets, Numericalize, SortedDL, pad_input_chunk, set_seed,
+                             text_classifier_learner)
 from fastai_embdrop import adapt
 from fastai_embdrop.adapt import AdaptEmbedP, eval_loss, feedback_p, hold_out, sample_batches, smoothed
 from fastai_embdrop.awdlstm import AWD_LSTM, awd_lstm_clas_config, awd_lstm_learner
@@ -28,7 +29,8 @@ from fastai_embdrop.run.corpus import lm_dataloaders
 from fastai_embdrop.run.checkpoint import Checkpoint, last_checkpoint
 from conftest import SMALL, random_tokens, small_dls
 
-pytestmark = pytest.mark.filterwarnings('ignore:The given NumPy array is not writable') # fastai reads the tables of pandas 3
+# fastai reads the tables of pandas 3, and reads only
+pytestmark = pytest.mark.filterwarnings('ignore:The given NumPy array is not writable')
 
 # Learners of every kind; each begins with its own seed, so two of a kind are equal
 
@@ -54,28 +56,33 @@ def classifier(embed_p=0.):
 
 def table(n=90):
     rng = np.random.default_rng(0)
-    return pd.DataFrame(dict(a=rng.integers(0, 9, n), b=rng.integers(0, 7, n), x=rng.normal(size=n), y=rng.normal(size=n)))
+    a,b,x,y = rng.integers(0, 9, n),rng.integers(0, 7, n),rng.normal(size=n),rng.normal(size=n)
+    return pd.DataFrame(dict(a=a, b=b, x=x, y=y))
 
 def tabular():
     set_seed(0)
-    dls = TabularDataLoaders.from_df(table(), procs=[Categorify, Normalize], cat_names=['a','b'], cont_names=['x'], y_names='y', bs=8,
-                                     valid_idx=list(range(70, 90)), device='cpu')
+    dls = TabularDataLoaders.from_df(table(), procs=[Categorify, Normalize], cat_names=['a','b'], cont_names=['x'],
+                                     y_names='y', valid_idx=list(range(70, 90)), bs=8, device='cpu')
     learn = tabular_learner(dls, layers=[10], y_range=(-2, 2))
     add_embedding_dropout(learn.model, 0.)
     return learn
 
 def collab():
     set_seed(0)
-    df = table().rename(columns=dict(y='rating'))
-    dls = CollabDataLoaders.from_df(df, user_name='a', item_name='b', rating_name='rating', valid_pct=.2, seed=1, bs=8, device='cpu')
+    dls = CollabDataLoaders.from_df(table(), user_name='a', item_name='b', rating_name='y', valid_pct=.2, seed=1, bs=8,
+                                    device='cpu')
     learn = collab_learner(dls, n_factors=6, y_range=(-2, 2))
     add_embedding_dropout(learn.model, 0.)
     return learn
 
-kinds = dict(lm=lm, with_logits=partial(lm, keep_logits=True), many_texts=many_texts, classifier=classifier, tabular=tabular, collab=collab)
+kinds = dict(lm=lm, with_logits=partial(lm, keep_logits=True), many_texts=many_texts, classifier=classifier,
+             tabular=tabular, collab=collab)
 every_kind = pytest.mark.parametrize('make', kinds.values(), ids=kinds)
 
-def weights(learn): return torch.cat([o.detach().flatten() for o in [*learn.model.parameters(), *learn.model.buffers()]])
+def weights(learn):
+    tensors = [*learn.model.parameters(), *learn.model.buffers()]
+    return torch.cat([o.detach().flatten() for o in tensors])
+
 def zero(history): return 0.
 
 # Training is left as it was
@@ -96,7 +103,8 @@ def test_a_rule_that_answers_0_changes_no_bit(make):
     assert_same_fit(a, b)
     assert len(cb.history)==20
 
-@pytest.mark.parametrize('other', [GradientAccumulation, partial(GradientAccumulation, 8), partial(MixedPrecision, amp_mode=AMPMode.BF16)])
+others = GradientAccumulation,partial(GradientAccumulation, 8),partial(MixedPrecision, amp_mode=AMPMode.BF16)
+@pytest.mark.parametrize('other', others)
 def test_no_bit_beside_other_callbacks(other):
     a,b = fitted(lm, other()),fitted(lm, other(), AdaptEmbedP(rule=zero))
     assert_same_fit(a, b)
@@ -107,7 +115,7 @@ def test_the_rule_acts():
     assert a.recorder.losses[:n]==b.recorder.losses[:n] and a.recorder.losses[-1]!=b.recorder.losses[-1]
 
 class State(nn.Module):
-    "A model that does in its forward pass all that one should not: state in attributes, lists and buffers, and all generators"
+    "A model whose forward pass changes attributes, lists and buffers, and draws from all generators"
     def __init__(self):
         super().__init__()
         self.bn,self.out,self.frozen = nn.BatchNorm1d(3),nn.Linear(3, 1),nn.BatchNorm1d(3)
@@ -248,7 +256,8 @@ def test_it_may_fall_after_until():
     assert feedback_p(history)==.4 and feedback_p(history+[(.7, 0., 5., 5.), (.8, 0., 5., 5.), (.9, 0., 5., 5.)]) < .2
 
 def test_moving_average():
-    assert smoothed([], .3)==[] and smoothed([2.], .3)==[2.] and smoothed([1., 2., 3.], .3)==pytest.approx([1, 1.7, .51+2.1])
+    assert smoothed([], .3)==[] and smoothed([2.], .3)==[2.]
+    assert smoothed([1., 2., 3.], .3)==pytest.approx([1, 1.7, .51+2.1])
 
 def test_max_p_is_the_ceiling():
     def run(max_p):
@@ -263,15 +272,17 @@ def test_max_p_is_the_ceiling():
 def test_other_keys():
     learn,cb = lm(),AdaptEmbedP(key='*input_dp.p', rule=lambda history: .3)
     learn.fit(1, cbs=cb)
-    assert learn.model[0].input_dp.p==.3 and learn.model[0].encoder_dp.embed_p==0 and list(learn.recorder.hps)==['*input_dp.p']
+    assert learn.model[0].input_dp.p==.3 and learn.model[0].encoder_dp.embed_p==0
+    assert list(learn.recorder.hps)==['*input_dp.p']
 
 # Control data
 
 def test_control_of_ones_own():
-    other = lm_dataloaders([random_tokens(800)], [random_tokens(300, 5)], tok='split', vocab=lm().dls.vocab, bs=4, seq_len=8, device='cpu').valid
-    cb = AdaptEmbedP(control=other)
+    train,valid = [random_tokens(800)],[random_tokens(300, 5)]
+    dls = lm_dataloaders(train, valid, tok='split', vocab=lm().dls.vocab, bs=4, seq_len=8, device='cpu')
+    cb = AdaptEmbedP(control=dls.valid)
     fitted(lm, cb)
-    assert torch.equal(ids_of(cb.samples.control), ids_of(sample_batches(other, 1)))
+    assert torch.equal(ids_of(cb.samples.control), ids_of(sample_batches(dls.valid, 1)))
 
 def texts_of(dl): return [o[0].tolist() for o in dl.dataset]
 
@@ -365,7 +376,8 @@ def test_a_resumed_fit_is_bit_equal(at, tmp_path):
     rule = lambda history: .02*len(history)
     whole,cb = lm(),AdaptEmbedP(rule=rule)
     whole.fit_one_cycle(4, 1e-2, cbs=cb)
-    with pytest.raises(KeyboardInterrupt): lm().fit_one_cycle(4, 1e-2, cbs=[AdaptEmbedP(rule=rule), Checkpoint(tmp_path, every=1), Stop(at)])
+    stopped = [AdaptEmbedP(rule=rule), Checkpoint(tmp_path, every=1), Stop(at)]
+    with pytest.raises(KeyboardInterrupt): lm().fit_one_cycle(4, 1e-2, cbs=stopped)
     learn,again = lm(),AdaptEmbedP(rule=rule)
     learn.fit_one_cycle(4, 1e-2, cbs=[again, Checkpoint(tmp_path, state=last_checkpoint(tmp_path)), Stop(None)])
     assert torch.equal(weights(whole), weights(learn)) and again.history==cb.history and len(cb.history)==20
@@ -395,16 +407,19 @@ def one_loader():
     return learn
 
 def test_no_control_data():
-    with pytest.raises(ValueError, match='no control data: the Learner has no validation set'): one_loader().fit(1, cbs=AdaptEmbedP())
-    empty = DataLoader([], bs=4)
-    with pytest.raises(ValueError, match='no control data: its sample has no batch'): lm().fit(1, cbs=AdaptEmbedP(control=empty))
-    with pytest.raises(ValueError, match='no control data: its sample has no batch'): lm().fit(1, cbs=AdaptEmbedP(control=.003))
-    with pytest.raises(ValueError, match='no control data: its sample has no batch'): collab().fit(1, cbs=AdaptEmbedP(control=.001))
+    with pytest.raises(ValueError, match='no control data: the Learner has no validation set'):
+        one_loader().fit(1, cbs=AdaptEmbedP())
+
+@pytest.mark.parametrize('make,control', [(lm, DataLoader([], bs=4)), (lm, .003), (collab, .001)])
+def test_control_data_without_a_batch(make, control):
+    with pytest.raises(ValueError, match='no control data: its sample has no batch'):
+        make().fit(1, cbs=AdaptEmbedP(control=control))
 
 def test_a_share_needs_items():
     learn = lm()
     learn.dls = DataLoaders(torch.utils.data.DataLoader(range(8)), learn.dls.valid)
-    with pytest.raises(ValueError, match='control=0.5 needs a fastai loader of items'): learn.fit(1, cbs=AdaptEmbedP(control=.5))
+    with pytest.raises(ValueError, match='control=0.5 needs a fastai loader of items'):
+        learn.fit(1, cbs=AdaptEmbedP(control=.5))
 
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
 @pytest.mark.parametrize('which', [0, 1])
@@ -413,7 +428,8 @@ def test_a_loss_that_is_no_number(bad, which, monkeypatch):
     values[which] = bad
     answers = iter([1., 1., *values])
     monkeypatch.setattr(adapt, 'eval_loss', lambda *_: next(answers))
-    with pytest.raises(ValueError, match='training loss and control loss are .* at 10% of the fit'): fitted(lm, AdaptEmbedP())
+    with pytest.raises(ValueError, match='training loss and control loss are .* at 10% of the fit'):
+        fitted(lm, AdaptEmbedP())
 
 def test_a_rule_that_leaves_0_to_1():
     with pytest.raises(ValueError, match='embed_p'): fitted(lm, AdaptEmbedP(rule=lambda history: 1.5))

@@ -1,4 +1,6 @@
-"Pins experiments.schedules: a key decides a run, a kill costs only the runs it hit, controls are what they claim. Tiny texts, CPU."
+"""Pins experiments.schedules: a key decides a run, a kill costs only the runs it hit, controls are what they claim
+
+Tiny texts, CPU."""
 import math, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -15,9 +17,10 @@ glob = 'wikitext/few/*/0'
 keys = G.matching(S.grid(), [glob])
 
 def write_texts(path, seed=0):
+    "Random training text; held-out text and test text are the same"
     path.mkdir()
-    for i,(f,n) in enumerate(dict(train=1500, valid=400, test=400).items()):
-        (path/f'{f}.txt').write_text(' '.join(random_tokens(n, seed+min(i, 1)))) # held-out text and test text are the same
+    texts = dict(train=random_tokens(1500, seed), valid=random_tokens(400, seed+1), test=random_tokens(400, seed+1))
+    for name,words in texts.items(): (path/f'{name}.txt').write_text(' '.join(words))
     return path
 
 @pytest.fixture(scope='module')
@@ -25,10 +28,11 @@ def text(tmp_path_factory): return write_texts(tmp_path_factory.mktemp('data')/'
 
 @pytest.fixture(scope='module')
 def killed(text, tmp_path_factory):
-    "Rows of a grid killed after its first run, with a torn line added; the bytes before that; the first line it printed"
+    "Rows of a grid killed after its first run, with a torn line added; the bytes before it; the first printed line"
     path = tmp_path_factory.mktemp('rows')/'rows.csv'
-    p = subprocess.Popen([sys.executable, '-m', 'experiments.schedules', '--wikitext', text, '--out', path, '--workers', '1', '--only', glob],
-                         cwd=root, stdout=subprocess.PIPE, text=True)
+    flags = ['--wikitext', text, '--out', path, '--workers', '1', '--only', glob]
+    cmd = [sys.executable, '-m', 'experiments.schedules', *flags]
+    p = subprocess.Popen(cmd, cwd=root, stdout=subprocess.PIPE, text=True)
     first = p.stdout.readline()
     p.kill()
     p.communicate(timeout=20) # returns once the workers, who share the pipe, have ended too
@@ -52,13 +56,16 @@ def test_finished_rows_are_not_run(path, text, monkeypatch):
     S.grid_of.run_keys(keys, path, 1, text)
     assert done and started==[k for k in keys if k not in done]
 
+def once(path, text): return S.main(['--once', keys[0], '--wikitext', str(text), '--out', str(path)])
+
 def test_once_is_bit_equal(path, text, capsys):
-    assert S.main(['--once', keys[0], '--wikitext', str(text), '--out', str(path)])==0 and 'bit-equal' in capsys.readouterr().out
+    assert once(path, text)==0 and 'bit-equal' in capsys.readouterr().out
 
 def test_once_sees_the_last_bit(text, tmp_path, capsys):
     row,path = S.run(keys[0], text),tmp_path/'rows.csv'
-    with G.open_rows(path) as f: S.grid_of.append(f, row | dict(final_perplexity=np.nextafter(row['final_perplexity'], 0).item()))
-    assert S.main(['--once', keys[0], '--wikitext', str(text), '--out', str(path)])==1 and 'not equal' in capsys.readouterr().out
+    near = np.nextafter(row['final_perplexity'], 0).item()
+    with G.open_rows(path) as f: S.grid_of.append(f, {**row, 'final_perplexity':near})
+    assert once(path, text)==1 and 'not equal' in capsys.readouterr().out
 
 def test_row(text):
     r = S.run('wikitext/few/rise/0', text)
@@ -68,14 +75,16 @@ def test_row(text):
     assert np.isclose(r['test_perplexity'], r['final_perplexity']) and r['threads']==1
     assert 0 < float(r['mean_p']) < float(r['final_p']) < .4
 
+def weights_of(model): return torch.nn.utils.parameters_to_vector(model.parameters()).clone()
+
 class Spy(Callback):
-    def before_fit(self): self.weights,self.batches = torch.nn.utils.parameters_to_vector(self.model.parameters()).clone(),[]
+    def before_fit(self): self.weights,self.batches = weights_of(self.model),[]
     def before_batch(self): self.batches.append(self.xb[0].clone())
 
 def spied(key):
     spy = Spy()
     learn,_ = S.train(key, cbs=[spy])
-    return spy.weights,torch.cat(spy.batches, 1),torch.nn.utils.parameters_to_vector(learn.model.parameters())
+    return spy.weights,torch.cat(spy.batches, 1),weights_of(learn.model)
 
 @pytest.mark.parametrize('name', ['const-0.4', 'fall', 'late'])
 def test_schedules_of_a_seed_are_paired(name, monkeypatch):
@@ -119,8 +128,9 @@ def test_torn_header(tmp_path):
     assert list(S.grid_of.stored_rows(path))==['a/b/c/0']
 
 def test_one_grid_at_a_time(tmp_path):
-    with G.open_rows(tmp_path/'rows.csv'), pytest.raises(SystemExit, match='another grid'): G.open_rows(tmp_path/'rows.csv')
-    G.open_rows(tmp_path/'rows.csv').close()
+    path = tmp_path/'rows.csv'
+    with G.open_rows(path), pytest.raises(SystemExit, match='another grid'): G.open_rows(path)
+    G.open_rows(path).close()
 
 def test_rows_of_another_text_stop_the_grid(path, killed, tmp_path):
     with pytest.raises(SystemExit, match='wikitext/few: stored rows come from another text'):

