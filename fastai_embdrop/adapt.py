@@ -1,6 +1,6 @@
 """A callback that finds `embed_p` while the model trains
 
-The best `embed_p` depends on how much a model overfits, which only training shows. `AdaptEmbedP` starts at 0, measures the loss on training data and on control data 20 times in a fit, and raises `embed_p` when the control loss falls behind. It is an experiment under judgement: `experiments/adapt.py` says how it is judged, nothing is claimed for it until those runs are done, and `fastai_embdrop.all` does not export it.
+The best `embed_p` depends on how much a model overfits, and only training shows that. `AdaptEmbedP` starts at 0. It measures the loss on training data and on *control data*, which the model does not train on, 20 times in a fit. It raises `embed_p` when the control loss stops following the training loss down. The callback is experimental: nothing is claimed for it until the runs of `experiments/adapt.py` are done, and `fastai_embdrop.all` does not export it.
 
 Docs: https://fastai-embdrop.github.io/fastai_embdrop/adapt.html.md"""
 
@@ -30,8 +30,8 @@ from .anneal import DropoutScheduler
 def smoothed(
     xs:list, # Numbers
     ema:float, # Weight of the past in each mean
-)->list: # As many numbers
-    "Exponential moving average of `xs`, which begins at the first of them"
+)->list: # As many means
+    "Exponential moving average of `xs`, starting with the first number"
     res = list(xs[:1])
     for x in xs[1:]: res.append(ema*res[-1] + (1-ema)*x)
     return res
@@ -40,13 +40,13 @@ def smoothed(
 def feedback_p(
     history:list, # Measurements: tuples (pct, p, training loss, control loss)
     max_p:float=.4, # Ceiling
-    rho:float=.4, # Share of the fall of the training loss that the control loss should follow
-    gain:float=4., # Probability per nat of backlog
+    rho:float=.4, # Share of a fall of the training loss by which the control loss should fall
+    gain:float=4., # Probability per nat of the control loss's backlog
     dead:float=.06, # Backlog that is ignored, in nats
     ema:float=.3, # Weight of the past in the smoothed measurements
-    until:float=.6, # Fraction of the training after which the result does not rise
+    until:float=.6, # Fraction of the training after which the probability does not rise
 )->float: # Probability for the next batches
-    "`gain` times the backlog of the control loss above its least value, between 0 and `max_p`"
+    "`gain` times the backlog beyond `dead`, between 0 and `max_p`; 0 if nothing was measured yet"
     if not history: return 0.
     x = smoothed([control - rho*train for _,_,train,control in history], ema)
     backlogs = [now - min(x[:i+1]) for i,now in enumerate(x)]
@@ -59,7 +59,7 @@ def sample_batches(
     dl, # A `DataLoader`
     n:int, # Batches to take at most
 )->list: # Batches, the same ones at each call
-    "Batches of `dl` whatever it shuffles: a language model's first ones, else of items that are spread evenly"
+    "The first batches of a language model's loader; of other loaders, batches of items that are spread evenly"
     dl = vars(dl).get('dl', dl) # the loader that a `DistributedDL` divides
     with no_random(reproducible=False):
         if not isinstance(dl, TfmdDL) or dl.n is None: return list(islice(dl, n))
@@ -86,7 +86,7 @@ def _left_as_is(learn):
 
 # %% ../nbs/06_adapt.ipynb #da4379a9
 def _batch_loss(learn, b):
-    "Mean loss on the batch `b` and its size: fastai's step for validation without what follows it"
+    "Mean loss on the batch `b` and its size, by fastai's validation step without `after_batch`"
     learn._split(learn._set_device(b))
     learn('before_batch')
     learn._do_one_batch()
@@ -94,7 +94,7 @@ def _batch_loss(learn, b):
 
 @torch.no_grad()
 def eval_loss(
-    learn:Learner, # In a fit or not
+    learn:Learner, # In a fit or outside one
     batches:list, # As its loaders yield them
 )->float: # Mean loss
     "Loss of `learn` on `batches` in eval mode, from a reset hidden state; `learn` and all generators stay as they were"
@@ -107,19 +107,18 @@ def eval_loss(
 
 # %% ../nbs/06_adapt.ipynb #2203ea3c
 def _hold_out_text(dl, share):
-    "The texts of a language model's loader without the last `share` of their words, and these words"
-    texts,held = [text for text,*_ in dl.dataset],[]
-    n = round(share*sum(map(len, texts)))
-    while n>0:
-        last = texts.pop()
-        k = min(n, len(last))
-        held.insert(0, last[-k:])
-        if k<len(last): texts.append(last[:-k])
-        n -= k
-    return [(o,) for o in texts],[(o,) for o in held]
+    "The texts of a language model's loader without the last `share` of their words, and those words"
+    texts = [text for text,*_ in dl.dataset]
+    n_words = sum(map(len, texts))
+    left,kept,held = n_words-round(share*n_words),[],[]
+    for text in texts:
+        kept.append(text[:left])
+        held.append(text[left:])
+        left = max(0, left-len(text))
+    return [(o,) for o in kept if len(o)],[(o,) for o in held if len(o)]
 
 def _hold_out_items(dl, share):
-    "The items of `dl` without a `share` of them that is spread evenly, and these"
+    "The items of `dl` without a `share` that is spread evenly, and that share"
     n_held = round(share*dl.n)
     held = {i*dl.n//n_held for i in range(n_held)}
     kept = [i for i in range(dl.n) if i not in held]
@@ -130,7 +129,7 @@ def hold_out(
     dl:TfmdDL, # Training loader
     share:float, # Share of its data, above 0 and below 1
 )->tuple: # Two loaders like `dl`: training data and control data
-    "Divide the data of `dl`: whole texts and a part of one for a language model, which are held in memory, else items"
+    "Hold out a share of `dl`: the last words of a language model, whose texts are kept in memory, else spread items"
     if not isinstance(dl, TfmdDL) or dl.n is None:
         raise ValueError(f'control={share} needs a fastai loader of items: give a `DataLoader`')
     parts = _hold_out_text(dl, share) if _is_lm(dl) else _hold_out_items(dl, share)
@@ -153,23 +152,24 @@ class AdaptEmbedP(DropoutScheduler):
         is_share = isinstance(control, (int,float))
         if is_share and not 0 < control < 1: raise ValueError(f'control={control}: a share between 0 and 1')
         self.control,self.rule = control,rule or partial(feedback_p, max_p=max_p)
-        self.p,self.history,self.n_due,self.train_dl = 0.,[],0,None
+        self._begin()
         super().__init__({key:self._now})
 
+    def _begin(self): self.p,self.history,self.n_due,self.train_dl = 0.,[],0,None
     def _now(self, pct): return self.p
 
 # %% ../nbs/06_adapt.ipynb #03fa8520
 @patch
 def _control_dl(self:AdaptEmbedP):
-    "The loader of control data; one that is held out leaves `train_dl`"
-    dls = self.learn.dls
-    if isinstance(self.control, (int,float)):
-        if num_distrib()>1: raise ValueError(f'control={self.control}: in several processes give a `DataLoader`')
-        self.train_dl,control = hold_out(dls.train, self.control)
-        return control
-    if self.control is None and len(dls.loaders)<2:
-        raise ValueError('no control data: the Learner has no validation set; give `control`')
-    return dls.valid if self.control is None else self.control
+    "The loader of control data; if that is held out, `train_dl` has the rest"
+    dls,control = self.learn.dls,self.control
+    if isinstance(control, (int,float)):
+        if num_distrib()>1: raise ValueError(f'control={control}: in several processes give a `DataLoader`')
+        self.train_dl,held = hold_out(dls.train, control)
+        return held
+    if control is not None: return control
+    if len(dls.loaders)<2: raise ValueError('no control data: the Learner has no validation set; give `control`')
+    return dls.valid
 
 @patch
 def _draw(self:AdaptEmbedP):
@@ -183,7 +183,7 @@ def _draw(self:AdaptEmbedP):
 @patch
 def start_fit(self:AdaptEmbedP):
     super(AdaptEmbedP, self).start_fit()
-    self.p,self.history,self.n_due,self.train_dl = 0.,[],0,None
+    self._begin()
     self.samples = self._draw()
 
 @patch

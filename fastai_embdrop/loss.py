@@ -12,6 +12,7 @@ __all__ = ['linear_loss', 'LazyLM', 'LazyLogits', 'LMLoss', 'NoLogits', 'without
 # %% ../nbs/04_loss.ipynb #52bc3326
 import warnings
 from dataclasses import dataclass
+from inspect import getattr_static
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -142,7 +143,8 @@ class NoLogits(Callback):
     asked = left_out = False
     warned = None
     def before_fit(self):
-        readers = [cb for cb in self.learn.cbs if getattr(cb, 'reads_pred', False)]
+        # static: `getattr` would take from the Learner what a callback does not have
+        readers = [cb for cb in self.learn.cbs if getattr_static(cb, 'reads_pred', False)]
         self.asked = bool(readers) or bool(nested_attr(self.learn, 'recorder.train_metrics'))
 
     def _can_leave_out(self):

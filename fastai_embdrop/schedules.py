@@ -10,7 +10,7 @@ Docs: https://fastai-embdrop.github.io/fastai_embdrop/schedules.html.md"""
 __all__ = ['shapes', 'SchedEarly', 'SchedCurriculum', 'SchedLate', 'SchedPiecewise', 'eval_sched', 'check_shape', 'check_sched']
 
 # %% ../nbs/02_schedules.ipynb #04f3b25d
-import math
+import inspect, math
 from collections.abc import Callable
 from functools import partial
 import numpy as np
@@ -54,9 +54,8 @@ def SchedPiecewise(
     try: pairs = [(float(pct), check_p(p, 'p')) for pct,p in points]
     except TypeError as e: raise ValueError(f'points={points!r}: a list of pairs (pct, p)') from e
     pcts,ps = [pct for pct,_ in pairs],[p for _,p in pairs]
-    if not pcts or pcts[0]!=0 or pcts[-1]!=1: raise ValueError(f'pct of the points is {pcts}: it must run from 0 to 1')
-    rises = all(a<b for a,b in zip(pcts, pcts[1:]))
-    if not rises: raise ValueError(f'pct of the points is {pcts}: it must rise from point to point')
+    is_whole,rises = pcts[:1]==[0] and pcts[-1:]==[1],all(a<b for a,b in zip(pcts, pcts[1:]))
+    if not (is_whole and rises): raise ValueError(f'pct of the points is {pcts}: it must rise from 0 to 1')
     return lambda pct: float(np.interp(pct, pcts, ps))
 
 # %% ../nbs/02_schedules.ipynb #549b1b8b
@@ -83,18 +82,24 @@ shapes = dict(cos=SchedCos, lin=SchedLin, exp=SchedExp, poly=partial(SchedPoly, 
               early=_early, late=_late, curriculum=_curriculum)
 
 # %% ../nbs/02_schedules.ipynb #6b81b813
-_no_shapes = SchedEarly,SchedLate,SchedCurriculum,SchedPiecewise
+_not_shapes = SchedEarly,SchedLate,SchedCurriculum,SchedPiecewise # their arguments mean something else
+
+def _takes_start_and_end(f):
+    if f in _not_shapes: return False
+    try: inspect.signature(f).bind(0., 0.)
+    except (TypeError, ValueError): return False # no function, or one of other arguments
+    return True
 
 def check_shape(
     shape:Callable, # A function of (start, end) that returns a schedule
 )->Callable: # `shape` itself
-    "`shape`; a `ValueError` that shows what to write for `SchedEarly` and the others that take other arguments"
-    if shape not in _no_shapes: return shape
-    name  = shape.__name__
-    short = name.removeprefix('Sched').lower()
-    right = f"DropoutScheduler({{'embed_p': {name}(...)}})"
-    if short in shapes: right += f" or sched=shapes['{short}']"
-    raise ValueError(f"sched={name}: it does not take a start and an end; use {right}")
+    "`shape`; a `ValueError` that shows what to write if it does not take a start and an end"
+    if _takes_start_and_end(shape): return shape
+    name  = getattr(shape, '__name__', repr(shape))
+    short = name.strip("'").removeprefix('Sched').lower()
+    right = f"shapes['{short}']" if short in shapes else 'SchedCos'
+    raise ValueError(f"sched={name}: not a function of a start and an end; "
+                     f"use sched={right}, or DropoutScheduler({{'embed_p': ...}}) for a schedule")
 
 # %% ../nbs/02_schedules.ipynb #08543360
 def check_sched(

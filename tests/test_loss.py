@@ -143,6 +143,11 @@ def sum_loss(pred, targ): return F.cross_entropy(pred.flatten(0, 1), targ.flatte
 def test_switches_that_keep_the_logits(dls, kwargs, cbs):
     assert one_step(dls, cbs, **kwargs)[0].pred_kept.shape[-1]==len(dls.vocab)
 
+class ReadsPred(Callback): "fastai makes a callback an attribute of its Learner: `learn.reads_pred`"
+
+def test_the_name_of_a_callback_says_nothing(dls):
+    assert isinstance(one_step(dls, [ReadsPred()])[0].pred_kept, LazyLogits)
+
 def with_warning(learn, match, **kwargs):
     "What a training batch of `learn` left, with logits and one warning for the whole fit"
     step = OneStep()

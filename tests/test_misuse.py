@@ -8,7 +8,7 @@ from collections import Counter
 import pytest, torch
 from torch import nn
 from fastai.callback.core import Callback
-from fastai.callback.schedule import SchedExp, SchedNo
+from fastai.callback.schedule import SchedCos, SchedExp, SchedNo
 from fastai.text.models.awdlstm import AWD_LSTM as FastaiAWD
 from fastai_embdrop.all import (
     AnnealDropMult, AnnealEmbedP, Checkpoint, DropoutScheduler, EmbeddingDropout, SchedEarly, SchedLate, Settings,
@@ -38,6 +38,8 @@ VALUES = {
     'no epochs':            (lambda: AnnealEmbedP(.5, .05, epochs=0), 'epochs=0: a positive number'),
     'SchedEarly as shape':  (lambda: AnnealEmbedP(.5, .05, SchedEarly), "shapes['early']"),
     'SchedLate as shape':   (lambda: AnnealEmbedP(.05, .5, SchedLate), "shapes['late']"),
+    'a name as shape':      (lambda: AnnealEmbedP(.5, .05, 'cos'), "sched='cos': not a function of a start and an end"),
+    'a schedule as shape':  (lambda: AnnealEmbedP(.5, .05, SchedCos(.5, .05)), "DropoutScheduler({'embed_p': ...})"),
     'SchedExp to 0':        (lambda: AnnealEmbedP(.5, 0, SchedExp), 'use SchedCos or SchedLin'),
     'SchedExp to 0 by key': (lambda: DropoutScheduler({'embed_p':SchedExp(.5, 0)}), 'use SchedCos or SchedLin'),
     'one string':           (lambda: tokenize('one string'), 'texts is one string, not a list of texts'),

@@ -122,6 +122,11 @@ def test_the_site_shows_the_source(processed, name):
     defined = re.findall(r'^(?:class \w+|@patch.*\ndef \w+\(self:\w+)', module, re.M)
     assert defined and not [d for d in defined if d not in shown] or name in not_yet['shown']
 
+def test_no_link_inside_a_link(processed):
+    "nbdev makes a link of a backticked name of ours, also where it is the text of a link"
+    nested = r'\[[^][]*\[`[^`]+`\]\([^)]*\)[^][]*\]\([^)]*\)'
+    assert not [o for n in names for o in re.findall(nested, markdown(processed/n))]
+
 def test_visible_cells_run_when_copied(processed):
     copied = [n for n in names if n.startswith('tutorials/') or n in ('explain.ipynb', 'index.ipynb')]
     ready = [processed/n for n in copied if n not in not_yet['visible']]
@@ -252,18 +257,28 @@ def functions(obj):
     own = [f for f in vars(obj).values() if inspect.isfunction(f) and (f.__name__=='__init__' or f.__name__[0]!='_')]
     return [obj if dataclasses.is_dataclass(obj) and f.__name__=='__init__' else f for f in own]
 
+def public_functions(module):
+    mod = importlib.import_module(f'fastai_embdrop.{module}')
+    public = [getattr(mod, o) for o in mod.__all__]
+    return [f for obj in public if inspect.isclass(obj) or inspect.isfunction(obj) for f in functions(obj)]
+
 def parameters(f):
-    "What `f` names itself: not what it delegates to"
+    "What `f` names itself, under its decorators: not what it delegates to"
     if inspect.isclass(f): return [field.name for field in dataclasses.fields(f)]
-    return [o for o in f.__code__.co_varnames[:f.__code__.co_argcount+f.__code__.co_kwonlyargcount] if o!='self']
+    code = inspect.unwrap(f).__code__
+    return [o for o in code.co_varnames[:code.co_argcount+code.co_kwonlyargcount] if o!='self']
 
 @pytest.mark.parametrize('module', floors)
 def test_every_parameter_is_documented(module):
-    mod = importlib.import_module(f'fastai_embdrop.{module}')
-    public = [getattr(mod, o) for o in mod.__all__]
-    documented = [f for obj in public if inspect.isclass(obj) or inspect.isfunction(obj) for f in functions(obj)]
-    missing = [(f.__qualname__, o) for f in documented for o in parameters(f) if not docments(f).get(o)]
+    missing = [(f.__qualname__, o) for f in public_functions(module) for o in parameters(f) if not docments(f).get(o)]
     assert not missing or module in not_yet['documented']
+
+@pytest.mark.parametrize('module', floors)
+def test_signatures_name_every_parameter(module):
+    "Those that are delegated to fastai's functions too"
+    unnamed = inspect.Parameter.VAR_POSITIONAL,inspect.Parameter.VAR_KEYWORD
+    signatures = {f.__qualname__:inspect.signature(f).parameters.values() for f in public_functions(module)}
+    assert not [(name, o.name) for name,ps in signatures.items() for o in ps if o.kind in unnamed]
 
 # Imports
 

@@ -1,7 +1,7 @@
 """Pins the values of the named schedules and shapes against their formulas, and what they refuse, in which words."""
 from functools import partial
 import numpy as np, pytest
-from fastai.callback.schedule import SchedCos, SchedExp, SchedLin
+from fastai.callback.schedule import SchedCos, SchedExp, SchedLin, SchedPoly
 from fastai_embdrop.schedules import SchedCurriculum, SchedEarly, SchedLate, SchedPiecewise, shapes
 from fastai_embdrop.schedules import check_sched, check_shape, eval_sched
 
@@ -61,14 +61,16 @@ def test_exp_is_a_straight_line_of_logarithms(start, end):
 @pytest.mark.parametrize('name', shapes)
 def test_shapes_are_no_schedules_of_another_meaning(name): assert check_shape(shapes[name]) is shapes[name]
 
-@pytest.mark.parametrize('sched,shape', [(SchedEarly, 'early'), (SchedLate, 'late'), (SchedCurriculum, 'curriculum'),
-                                         (SchedPiecewise, None)])
-def test_a_schedule_is_no_shape(sched, shape):
-    name  = sched.__name__
-    right = f"use DropoutScheduler({{'embed_p': {name}(...)}})"
-    if shape: right += f" or sched=shapes['{shape}']"
+not_shapes = [(SchedEarly, "shapes['early']"), (SchedLate, "shapes['late']"), (SchedPiecewise, 'SchedCos'),
+              (SchedCurriculum, "shapes['curriculum']"), (SchedPoly, "shapes['poly']"), ('cos', "shapes['cos']"),
+              ('cosine', 'SchedCos'), (None, 'SchedCos'), (.5, 'SchedCos'), (SchedCos(.5, .1), 'SchedCos'),
+              (SchedEarly(.5, .1), 'SchedCos'), (max, 'SchedCos')]
+
+@pytest.mark.parametrize('sched,right', not_shapes)
+def test_a_shape_takes_a_start_and_an_end(sched, right):
     with pytest.raises(ValueError) as e: check_shape(sched)
-    assert str(e.value).startswith(f'sched={name}: ') and str(e.value).endswith(right)
+    assert str(e.value).startswith(f"sched={getattr(sched, '__name__', repr(sched))}: ")
+    assert str(e.value).endswith(f"use sched={right}, or DropoutScheduler({{'embed_p': ...}}) for a schedule")
 
 @pytest.mark.parametrize('start,end', [(.5,0), (0,.5), (0,0.)])
 def test_exp_needs_ends_above_0(start, end):
