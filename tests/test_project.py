@@ -122,11 +122,6 @@ def test_the_site_shows_the_source(processed, name):
     defined = re.findall(r'^(?:class \w+|@patch.*\ndef \w+\(self:\w+)', module, re.M)
     assert defined and not [d for d in defined if d not in shown] or name in not_yet['shown']
 
-def test_no_link_inside_a_link(processed):
-    "nbdev makes a link of a backticked name of ours, also where it is the text of a link"
-    nested = r'\[[^][]*\[`[^`]+`\]\([^)]*\)[^][]*\]\([^)]*\)'
-    assert not [o for n in names for o in re.findall(nested, markdown(processed/n))]
-
 def test_visible_cells_run_when_copied(processed):
     copied = [n for n in names if n.startswith('tutorials/') or n in ('explain.ipynb', 'index.ipynb')]
     ready = [processed/n for n in copied if n not in not_yet['visible']]
