@@ -107,6 +107,13 @@ def _pct(self:DropoutScheduler):
     return self.learn.pct_train if self.epochs is None else min(1., self._epochs_done()/self.epochs)
 
 @patch
+def _count_epochs(self:DropoutScheduler, modules):
+    "Continue the count of epochs, or begin anew if no scheduler has had any of the `modules`"
+    is_new = not any('_annealed' in vars(m) for m in modules)
+    if is_new: self.spent,self.fit_start = 0.,0.
+    for m in modules: vars(m).setdefault('_annealed', {})
+
+@patch
 def before_train(self:DropoutScheduler):
     "Note where this fit starts; one with `start_epoch`, or resumed, keeps the start of the fit that it continues"
     if self.plan and self.epoch==0: self.fit_start = self.spent
@@ -156,6 +163,7 @@ def start_fit(self:DropoutScheduler):
     self._check_overlap()
     self.plan    = {key:self.targets(key) for key in self.scheds}
     self.applied = {key:[] for key in self.scheds}
+    self._count_epochs([t.module for targets in self.plan.values() for t in targets])
     if hasattr(self.learn, 'recorder'): self.recorder.hps = {}
 
 @patch

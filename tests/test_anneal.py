@@ -214,6 +214,20 @@ def test_epochs_continue_with_start_epoch(learn):
     learn.fit(3, start_epoch=1, cbs=cb)
     np.testing.assert_allclose(applied(learn), plan(n, 3, start=1), atol=1e-9)
 
+def test_epochs_begin_anew_with_another_learner(dls):
+    "As in a loop over seeds; before, the second learner had the last value from its first batch on"
+    cb,seen = AnnealEmbedP(.5, .05, epochs=1),[]
+    for _ in range(2): awd_lstm_learner(dls, SMALL).fit(1, cbs=[cb, Watch(seen)])
+    n = len(dls.train)
+    assert seen[:n]==seen[n:] and seen[0]==.5
+
+def test_epochs_continue_where_nothing_has_moved_yet(dls):
+    "A late schedule from the configured value"
+    cb,seen = AnnealEmbedP(None, .4, shapes['late'], epochs=2),[]
+    learn = awd_lstm_learner(dls, SMALL)
+    for _ in range(2): learn.fit(1, cbs=[cb, Watch(seen)])
+    assert cb.spent==pytest.approx(2) and set(seen[:len(dls.train)])=={.02} and set(seen[len(dls.train):])=={.4}
+
 def test_epochs_may_be_a_fraction(learn):
     learn.fit(1, cbs=AnnealEmbedP(.5, .05, epochs=.5))
     n = len(learn.dls.train)
