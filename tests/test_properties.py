@@ -13,7 +13,7 @@ import numpy as np, pytest, torch
 from fastai.callback.schedule import SchedCos, SchedExp, SchedLin, SchedNo, SchedPoly
 from hypothesis import assume, example, given, strategies as st
 from torch import nn
-from fastai_embdrop.run.corpus import csv_texts, fingerprint, read_corpus, tokenize
+from fastai_embdrop.run.corpus import _csv_texts as csv_texts, fingerprint, read_corpus, tokenize
 from fastai_embdrop.dropout import EmbeddingDropout, check_p
 from fastai_embdrop.run.files import read_text
 from fastai_embdrop.run.settings import Settings, parse_args, read_ini, to_ini
