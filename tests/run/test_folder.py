@@ -8,7 +8,8 @@ from fastai_embdrop.awdlstm import AWD_LSTM, awd_lstm_learner
 from fastai_embdrop.run import folder
 from fastai_embdrop.run.corpus import fingerprint, lm_dataloaders, read_corpus
 from fastai_embdrop.run.files import load_weights, read_vocab
-from fastai_embdrop.run.folder import classifier_from_lm, clas_config, load_run, read_settings, run_files
+from fastai_embdrop.run.folder import (_clas_config as clas_config, _read_settings as read_settings, classifier_from_lm,
+                                       load_run, run_files)
 from fastai_embdrop.run.settings import Settings
 from fastai_embdrop.run.train import train_lm
 from conftest import random_tokens
