@@ -11,14 +11,9 @@ __all__ = ['LMDistributedDL', 'lm_distrib_ctx']
 
 # %% ../../nbs/run/04_distrib.ipynb #21599549
 import accelerate,random
-import torch
 from contextlib import contextmanager
-from fastcore.basics import chunked, ifnone
-from fastcore.meta import delegates
+from fastai.text.all import *
 from fastai.distributed import DistributedDL
-from fastai.learner import Learner
-from fastai.text.data import LMDataLoader
-from fastai.torch_core import default_device, num_distrib, rank_distrib
 
 # %% ../../nbs/run/04_distrib.ipynb #53a4e080
 class LMDistributedDL(DistributedDL):
@@ -46,7 +41,7 @@ class LMDistributedDL(DistributedDL):
         return [i for i in self.dl.get_idxs() if rank_of(i)==self.rank]
 
     def create_batches(self,
-        samps # Numbers of items, as `get_idxs` gives them
+        samps:Iterable # Numbers of items, as `get_idxs` gives them
     ):
         rows = map(self.dl.do_item, samps)
         return map(self.dl.do_batch, chunked(rows, self.bs))
@@ -62,18 +57,20 @@ def _sync_random():
 
 # %% ../../nbs/run/04_distrib.ipynb #aa3f8ddd
 @contextmanager
-@delegates(Learner.distrib_ctx)
 def lm_distrib_ctx(
     learn:Learner, # Of a language model; the `bs` of its loaders is the number of rows of one process
-    **kwargs
+    sync_bn:bool=True, # Replace batch norm by one that averages over all processes?
+    in_notebook:bool=False, # Was this process started from a notebook?
+    cpu:bool|None=None, # Train on CPUs? (None: if the loaders put their batches there)
+    kwargs_handlers:list|None=None # Options for `accelerate`, such as its `DistributedDataParallelKwargs`
 ):
     "fastai's `distrib_ctx` for a language model on GPUs or CPUs; in a single process it changes nothing"
     if num_distrib()<2:
         yield learn
         return
     loaders = learn.dls.loaders
-    kwargs.setdefault('cpu', torch.device(learn.dls.device or default_device()).type=='cpu')
-    with learn.distrib_ctx(**kwargs):
+    on_cpu = torch.device(learn.dls.device or default_device()).type=='cpu'
+    with learn.distrib_ctx(sync_bn, in_notebook, cpu=ifnone(cpu, on_cpu), kwargs_handlers=kwargs_handlers):
         _sync_random()
         learn.dls.loaders = [LMDistributedDL(dl) for dl in loaders]
         try: yield learn
