@@ -28,7 +28,7 @@ class Checkpoint(Callback):
         folder:str|Path, # Where to write the two `checkpoint_files`
         every:int=0, # Also save after this many batches (0: only at the end of each epoch's training)
         state:dict|None=None, # Where to resume, from `last_checkpoint` (None: start at the beginning)
-        info=None # Your own plain data, saved in the file
+        info:object=None # Your own plain data, saved in the file
     ):
         self.folder,self.every,self.resume_from,self.info = Path(folder),every,state,info
         self.signal   = None  # a signal that waits for the end of its batch
@@ -346,7 +346,7 @@ def _rest_of_epoch(self:Checkpoint):
 # %% ../../nbs/run/03_checkpoint.ipynb #6eb1968c
 @contextmanager
 def signal_handlers(
-    handler:callable # Called with the signal's number and the stack frame
+    handler:Callable # Called with the signal's number and the stack frame
 ): # The handlers that it replaces, by signal
     "Inside this context, `handler` gets SIGINT and SIGTERM. Outside the main thread, nothing changes"
     in_main = threading.current_thread() is threading.main_thread()

@@ -34,7 +34,7 @@ def _split_text(text):
 
 # %% ../../nbs/run/01_corpus.ipynb #c6d9e7d0
 def first_words(
-    texts, # An iterable of texts; no more are read than needed
+    texts:Iterable, # Texts; no more are read than needed
     n:int=0 # Words to take (0: all)
 )->list: # Texts, the last one cut short
     "The first `n` words of `texts`"
@@ -188,7 +188,7 @@ def _join(pieces, has_bos):
 def lm_dataloaders(
     train:list|None=None, # Training tokens, a list for each text (None: loaders for prediction only, from `vocab`)
     valid:list|None=None, # Held-out tokens
-    test:list=(), # Test tokens, for a third loader
+    test:list|tuple=(), # Test tokens, for a third loader
     tok:str='spacy', # Tokenizer of prompts, a name that `tokenizer` knows
     vocab:list|None=None, # Words (None: taken from `train`)
     min_freq:int=3, # A word must occur this often to be in the vocabulary

@@ -12,11 +12,8 @@ __all__ = ['Args', 'Settings', 'check_keys', 'to_ini', 'read_ini', 'parse_args',
 # %% ../../nbs/run/02_settings.ipynb #75ea16f9
 import argparse,configparser,math,os,re
 from collections import namedtuple
-from dataclasses import asdict,dataclass,fields
-import torch
-from fastai.torch_core import default_device,num_distrib
-from fastcore.docments import docments
-from pathlib import Path
+from dataclasses import dataclass,fields
+from fastai.basics import *
 from ..dropout import check_p
 from .files import read_text
 from ..schedules import shapes
@@ -87,7 +84,7 @@ def _check(s):
 _renamed = dict(start='embed_p', end='embed_p_end')
 
 def check_keys(
-    keys, # Names of settings
+    keys:Iterable, # Names of settings
     source:str|Path # Where they come from, for the error
 )->None:
     "Raise a `ValueError` if a key is no setting; it names `source`, the key and, for an old name, the new one"
