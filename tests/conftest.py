@@ -60,4 +60,5 @@ compiler = shutil.which('g++') or shutil.which('clang++')
 needs_compiler = pytest.mark.skipif(not compiler, reason='torch.compile needs a C++ compiler on a CPU')
 # raised inside torch's compiler
 compiling = pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning',
-                                       'ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning')
+                                       'ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning',
+                                       'ignore:Guards may run slower on Python 3.13.0:RuntimeWarning')

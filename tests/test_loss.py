@@ -12,7 +12,7 @@ from fastai.text.all import (AWD_LSTM as FastaiAWD_LSTM, ActivationStats, Callba
 from fastai_embdrop.anneal import AnnealEmbedP
 from fastai_embdrop.awdlstm import awd_lstm_learner
 from fastai_embdrop.loss import LazyLM, LazyLogits, LMLoss, NoLogits, linear_loss, without_logits
-from conftest import SMALL, small_dls
+from conftest import SMALL, compiling, small_dls
 
 class OneStep(Callback):
     "Stop after the backward pass of one batch and keep what it made"
@@ -337,7 +337,7 @@ def test_fastais_own_model_trains_without_logits(dls):
     without_logits(learn).fit(1, cbs=step)
     assert isinstance(step.pred_kept, LazyLogits) and isinstance(learn.model, LazyLM)
 
-@pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor that is not a leaf')
+@compiling
 def test_a_compiled_model_trains_without_logits(dls):
     torch._dynamo.reset()
     learn,step = awd_lstm_learner(dls, SMALL),OneStep()
