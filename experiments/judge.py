@@ -43,14 +43,22 @@ kinds = dict(sentiment='the classifier', movielens='the recommender')
 def kind(cell): return 'language models' if is_lm(cell) else kinds[cell.split('/')[0]]
 
 def domain_verdict(df, name):
-    "Whether the candidate succeeds in a domain, its mean regret and its worst; None while a cell lacks rows"
+    """Whether the candidate succeeds in a domain, its mean regret, its worst, and half of the worst one's interval
+
+    None while a cell lacks rows."""
     names = [c for c in cells if kind(c)==name]
     if not all(is_whole(df, c) for c in names): return None
     regrets = [regret(df, c, 'E3cap') for c in names]
     means = [m for m,_ in regrets]
     if name=='language models': ok = sum(means)/len(means)<=1 and max(means)<=3
     else: ok = all(m-half<=0 for m,half in regrets)
-    return ok,sum(means)/len(means),max(means)
+    high,half = max(regrets)
+    return ok,sum(means)/len(means),high,half
+
+def mean_and_worst(df, names, arm):
+    "Mean regret and worst regret of `arm` over the cells `names`, as text"
+    means = [regret(df, c, arm)[0] for c in names]
+    return f'{sum(means)/len(means):.1f}, {max(means):.1f}'
 
 def lower_worst(df):
     "Rivals whose worst regret is not above the candidate's, over the whole cells"
@@ -62,8 +70,8 @@ def verdicts(df):
     found = {name:domain_verdict(df, name) for name in dict.fromkeys(map(kind, cells))}
     waiting = [name for name,verdict in found.items() if verdict is None]
     judged = {name:verdict for name,verdict in found.items() if verdict is not None}
-    said = [f"{'succeeds' if ok else 'fails'} for {name} (mean regret {mean:.1f} %, worst {high:.1f} %)"
-            for name,(ok,mean,high) in judged.items()]
+    said = [f"{'succeeds' if ok else 'fails'} for {name} (mean regret {mean:.1f} %, worst {high:.1f} ± {half:.1f} %)"
+            for name,(ok,mean,high,half) in judged.items()]
     sentences = []
     if said: sentences.append(f"E3cap {'; it '.join(said)}.")
     if waiting: sentences.append(f"Not yet judged: {', '.join(waiting)}.")

@@ -196,12 +196,17 @@ def test_verdict_on_language_models(worse, ok):
     df = table(lambda c, a, s: good(c, a, s)*(worse if a=='E3cap' else 1))
     assert J.domain_verdict(df, 'language models')[0]==ok
     one = table(lambda c, a, s: good(c, a, s)*(1.031 if (c,a)==('imdb/60kx6','E3cap') else 1))
-    assert J.domain_verdict(one, 'language models')[::2]==(False, pytest.approx(3.6155))
+    assert J.domain_verdict(one, 'language models')[::2]==(False, pytest.approx(3.6155)) # success and the worst
 
 def test_verdict_elsewhere_is_by_the_interval():
     assert not J.domain_verdict(table(good), 'the recommender')[0]
     noisy = table(lambda c, a, s: good(c, a, s)*(1+.01*(s-1)*(a=='E3cap')))
-    assert J.domain_verdict(noisy, 'the recommender')[0]
+    ok,*_,half = J.domain_verdict(noisy, 'the recommender')
+    assert ok and half==pytest.approx(4.303*1.005/3**.5, rel=1e-3)
+
+def test_mean_and_worst_over_cells():
+    apart = table(lambda c, a, s: good(c, a, s)*(1.02 if (c,a)==('imdb/60kx6','E3cap') else 1))
+    assert J.mean_and_worst(apart, ['imdb/60kx6','imdb/15kx25'], 'E3cap')=='1.5, 2.5'
 
 def test_rivals_with_no_worse_worst():
     assert J.lower_worst(table(good))==[]
@@ -219,8 +224,8 @@ def test_summary_says_what_is_known():
 
 def test_the_summary_begins_with_the_verdicts():
     first,*rest = J.summary(table(good)).split('. ')
-    assert first=='E3cap fails for the recommender (mean regret 0.5 %, worst 0.5 %); it ' \
-        'succeeds for language models (mean regret 0.5 %, worst 0.5 %); it ' \
-        'fails for the classifier (mean regret 0.5 %, worst 0.5 %)'
+    assert first=='E3cap fails for the recommender (mean regret 0.5 %, worst 0.5 ± 0.0 %); it ' \
+        'succeeds for language models (mean regret 0.5 %, worst 0.5 ± 0.0 %); it ' \
+        'fails for the classifier (mean regret 0.5 %, worst 0.5 ± 0.0 %)'
     assert rest[0]=='360 of 492 runs are done, and 12 of 12 cells have all arms'
     assert rest[-1]=='The worst regret of every constant, switch and epochs is higher.'
