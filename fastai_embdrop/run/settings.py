@@ -34,7 +34,7 @@ class Settings:
     drop_mult:float=.5 # Multiplies all AWD-LSTM dropouts except embed_p
     embed_p:float=.02 # Embedding dropout: the probability that a word is dropped from a batch
     embed_p_end:float|None=None # Embedding dropout at the end of the training (None: embed_p throughout)
-    sched:str='cos' # Shape of the schedule from embed_p to embed_p_end
+    sched:str='cos' # Shape from embed_p to embed_p_end; or adapt: found in training, 0 to 0.4, without these two
     tok:str='spacy' # Tokenizer: spacy with fastai's rules, or split if spaces already separate the tokens
     max_vocab:int=60000 # Largest number of words in the vocabulary
     min_freq:int=3 # A word must occur this often in the training text to be in the vocabulary
@@ -52,7 +52,7 @@ class Settings:
         return self.embed_p, self.embed_p if self.embed_p_end is None else self.embed_p_end
 
 # %% ../../nbs/run/02_settings.ipynb #1de009f9
-_choices = dict(sched=list(shapes), tok=['spacy','split'], precision=['fp32','fp16','bf16'])
+_choices = dict(sched=[*shapes, 'adapt'], tok=['spacy','split'], precision=['fp32','fp16','bf16'])
 _least = dict(epochs=1, bs=1, seq_len=1, emb_sz=1, n_hid=1, n_layers=1, drop_mult=0, max_vocab=16, min_freq=1,
               max_words=0, seed=0, save_every=0)
 

@@ -17,6 +17,7 @@ from fastai.text.all import *
 from fastcore.imports import IN_NOTEBOOK
 from fastprogress.fastprogress import format_time
 from .. import __version__
+from ..adapt import AdaptEmbedP
 from ..anneal import AnnealEmbedP
 from .checkpoint import CSVHistory,Checkpoint,checkpoint_files,last_checkpoint,signal_handlers
 from .corpus import fingerprint,lm_dataloaders,read_corpus,tokenize
@@ -85,11 +86,13 @@ def _fit(learn, s, out, config, resume):
         else: _empty(out)
     getattr(learn, f'to_{s.precision}')()
     ckpt = Checkpoint(out, s.save_every, state, config)
-    cbs = [AnnealEmbedP(*s.ends, shapes[s.sched]), CSVHistory(), ckpt]
+    cbs = [_scheduler(s), CSVHistory(), ckpt]
     with _maybe_distrib(learn), ckpt.signals(): learn.fit_one_cycle(s.epochs, s.lr, cbs=cbs)
     learn.to_fp32()
     train_loss = learn.recorder.values[-1][1]
     if not math.isfinite(train_loss): raise ValueError(f"lr={s.lr}: the loss is not finite, see {out/'history.csv'}")
+
+def _scheduler(s): return AdaptEmbedP() if s.sched=='adapt' else AnnealEmbedP(*s.ends, shapes[s.sched])
 
 def _empty(out):
     "Remove what a run left in `out`"

@@ -75,6 +75,17 @@ def test_resume_goes_on(whole, args, broken):
     assert main([*args, '--resume', '--save_every', '7']) is None
     same_run(whole, broken)
 
+def test_adapt_resumes(args, tmp_path, hook, monkeypatch):
+    "With a rule that counts: a run that forgot its measurements would start again at 0"
+    monkeypatch.setattr('fastai_embdrop.adapt.feedback_p', lambda history, max_p: min(max_p, .01*len(history)))
+    whole,args = tmp_path/'adapted',[*args, '--sched', 'adapt']
+    assert main([*args, '--out', str(whole)]) is None
+    hook(at_batch(15, raises(RuntimeError('broken'))))
+    with pytest.raises(RuntimeError, match='broken'): main(args)
+    hook(None)
+    assert main([*args, '--resume']) is None
+    same_run(whole, tmp_path/'run')
+
 def test_a_begun_run_is_not_overwritten_unasked(capsys, whole, args, broken):
     assert 'holds an unfinished run; --resume continues it, --overwrite replaces it' in fails(capsys, *args)
     assert 'not allowed with' in fails(capsys, *args, '--overwrite', '--resume')

@@ -71,6 +71,15 @@ def test_without_an_end_embed_p_is_constant(tmp_path, text):
     assert learn.recorder.hps['embed_p']==[.3]*(2*len(learn.dls.train))
     assert json.loads((tmp_path/'config.json').read_text())['settings']['embed_p_end'] is None
 
+def test_adapt_finds_embed_p_in_a_run(tmp_path, text, monkeypatch):
+    "20 measurements from 0 on, whatever embed_p is; history.csv has the values"
+    monkeypatch.setattr('fastai_embdrop.adapt.feedback_p', lambda history, max_p: min(max_p, .01*len(history)))
+    s = Settings(**{**TINY, 'epochs':3}, data=text, out=tmp_path, embed_p=.6, embed_p_end=.1, sched='adapt')
+    ps = train_lm(s).recorder.hps['embed_p']
+    assert ps[0]==0 and ps==sorted(ps) and ps[-1]==pytest.approx(.19)
+    hist = pd.read_csv(tmp_path/'history.csv')
+    assert hist.embed_p.tolist()==pytest.approx([ps[len(ps)*n//3-1] for n in (1,2,3)])
+
 def test_a_run_can_be_repeated(run, tmp_path, text):
     hists = []
     for i,seed in enumerate([42,42,1]):
