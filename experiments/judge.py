@@ -55,9 +55,9 @@ def domain_verdict(df, name):
     high,half = max(regrets)
     return ok,sum(means)/len(means),high,half
 
-def mean_and_worst(df, names, arm):
+def mean_and_worst(df, names, arm, column='outcome'):
     "Mean regret and worst regret of `arm` over the cells `names`, as text"
-    means = [regret(df, c, arm)[0] for c in names]
+    means = [regret(df, c, arm, column)[0] for c in names]
     return f'{sum(means)/len(means):.1f}, {max(means):.1f}'
 
 def lower_worst(df):
