@@ -5,6 +5,7 @@ from .schedules import SchedCurriculum, SchedEarly, SchedLate, SchedPiecewise, s
 from .anneal import AnnealDropMult, AnnealEmbedP, DropoutScheduler, drop_attrs, find_dropouts
 from .loss import without_logits
 from .awdlstm import AWD_LSTM, awd_lstm_clas_config, awd_lstm_learner, awd_lstm_lm, awd_lstm_lm_config
+from .adapt import AdaptEmbedP
 from .run.files import load_weights
 from .run.corpus import Corpus, lm_dataloaders, read_corpus, tokenize
 from .run.settings import Settings
