@@ -16,9 +16,9 @@ from forks import forks
 
 root = Path(__file__).parent.parent
 # parts of the names of tests that are left out because they are slow
-slow = 'lessons', 'torch_alone', 'graph', 'compiles', 'through_ddp', 'through_compile'
+slow = 'lessons', 'torch_alone', 'graph', 'compiles', 'through_ddp', 'through_compile', 'processes'
 tests = dict(dropout=['test_dropout.py', 'test_draw.py', 'test_parity.py', 'test_defects.py'],
-             schedules=['test_schedules.py'], anneal=['test_anneal.py'])
+             schedules=['test_schedules.py'], anneal=['test_anneal.py'], adapt=['test_adapt.py'])
 least = 95
 
 def operators():
