@@ -11,7 +11,7 @@ from conftest import random_tokens
 
 root = Path(__file__).parent.parent
 sys.path.insert(0, str(root)) # `experiments` is no part of the installed package
-from experiments import grid as G, schedules as S
+from experiments import edge as E, grid as G, schedules as S
 
 glob = 'wikitext/few/*/0'
 keys = G.matching(S.grid(), [glob])
@@ -119,6 +119,12 @@ def test_order_of_the_grid():
     full = [f'{c}/{n}/{s}' for s in range(3) for c in S.full for n in S.names]
     assert S.grid()[:len(full)]==full
     assert S.grid(wikitext=False)==[k for k in S.grid() if k.startswith('docstrings/')]
+
+def test_the_edge_is_outside_the_grid():
+    "Beyond the largest constant, in the cells that overfit, with the seeds that all cells have"
+    assert not set(E.keys) & set(S.grid()) and len(E.keys)==len(set(E.keys))==24
+    assert all(S.scheds[n](0)==S.scheds[n](1)==S.p_of(n) > .4 for n in S.edge)
+    assert all(f'{c}/const-0.4/{s}' in S.grid() for c in E.cells for s in range(3))
 
 def test_torn_header(tmp_path):
     path = tmp_path/'rows.csv'
