@@ -120,8 +120,9 @@ def _attrs(o):
     "The attributes of a callback or a metric; for a module, only what its state dict leaves out"
     if not isinstance(o, nn.Module): return vars(o)
     every_module_has = vars(nn.Module()).keys()
+    shown = getattr(o, '_flat_weights_names', ()) # weights that `WeightDropout` makes anew at each call
     buffers = {k:o._buffers[k] for k in o._non_persistent_buffers_set}
-    return {k:v for k,v in vars(o).items() if k not in every_module_has} | buffers
+    return {k:v for k,v in vars(o).items() if k not in every_module_has and k not in shown} | buffers
 
 def _remembered(o):
     "The attributes of `o` that `_to_plain` can convert, converted"

@@ -401,3 +401,13 @@ def test_a_flipped_bit_is_recognized_or_harmless(tmp_path):
 def test_another_version_is_refused(tmp_path):
     torch.save(dict(version=1), tmp_path/new)
     with pytest.raises(ValueError, match='a checkpoint of version 1, not 2'): last_checkpoint(tmp_path)
+
+def test_dropped_weights_are_not_in_a_checkpoint(tmp_path):
+    "An LSTM shows the weight of its last call, which the next call makes anew"
+    learn = awd_lstm_learner(small_dls(200), SMALL)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Checkpoint(tmp_path))
+    assert 'weight_hh_l0' in vars(learn.model[0].rnns[0].module)
+    assert b'weight_hh_l0_raw' in (tmp_path/checkpoint_files[0]).read_bytes()
+    state = last_checkpoint(tmp_path)
+    remembered = [name for part in state['ranks'][0]['parts'].values() for name in part]
+    assert remembered and 'weight_hh_l0' not in remembered
