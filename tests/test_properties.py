@@ -64,7 +64,7 @@ def drops(draw, values=st.floats(.5, 2, width=16)):
     words = torch.tensor(ids, dtype=draw(st.sampled_from([torch.int32, torch.int64])))
     shape = draw(shapes)
     torch.manual_seed(draw(seeds))
-    return EmbeddingDropout(emb, draw(ps), per, hold),words[:math.prod(shape)].view(shape)
+    return EmbeddingDropout(emb, float(draw(ps)), per, hold),words[:math.prod(shape)].view(shape)
 
 def mask_key(m, at, word):
     "Words with the same key share a mask"

@@ -217,6 +217,6 @@ _no_text = [[BOS]*2] # fastai's loaders need at least one batch
 class _TextDL(LMDataLoader):
     "An `LMDataLoader` that raises a `ValueError` if it is asked for batches and has no text"
     def __iter__(self):
-        if list(self.dataset.items)==_no_text:
+        if list(getattr(self.dataset, 'items', ()))==_no_text:
             raise ValueError('no text to train or validate on: these loaders are for prediction only')
         return super().__iter__()

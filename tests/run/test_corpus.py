@@ -4,7 +4,8 @@ import pandas as pd, pytest, torch
 from fastai.text.all import LMDataLoader, SpacyTokenizer, tokenize1
 from fastai_embdrop.run import corpus as C
 from fastai_embdrop.awdlstm import awd_lstm_learner
-from fastai_embdrop.run.corpus import (_source_files as source_files, _split_items as split_items, docstrings, fingerprint,
+from fastai_embdrop.run.corpus import (_source_files as source_files, _split_items as split_items,
+                                       docstrings, fingerprint,
                                        first_words, lm_dataloaders, read_corpus, tokenize, tokenizer)
 from conftest import SMALL, small_dls
 from running import Bomb
