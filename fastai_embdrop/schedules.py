@@ -54,7 +54,8 @@ def SchedPiecewise(
     try: pairs = [(float(pct), check_p(p, 'p')) for pct,p in points]
     except TypeError as e: raise ValueError(f'points={points!r}: a list of pairs (pct, p)') from e
     pcts,ps = [pct for pct,_ in pairs],[p for _,p in pairs]
-    is_whole,rises = pcts[:1]==[0] and pcts[-1:]==[1],all(a<b for a,b in zip(pcts, pcts[1:]))
+    is_whole = pcts[:1]==[0] and pcts[-1:]==[1]
+    rises = all(a<b for a,b in zip(pcts, pcts[1:]))
     if not (is_whole and rises): raise ValueError(f'pct of the points is {pcts}: it must rise from 0 to 1')
     return lambda pct: float(np.interp(pct, pcts, ps))
 

@@ -198,14 +198,16 @@ def lm_dataloaders(
     device:str|torch.device|None=None # Device of the batches (None: fastai's default)
 )->DataLoaders: # Batches of ids and of the ids that follow them, both (bs, seq_len)
     "Language-model loaders over tokens; a `ValueError` if there are too few tokens for a batch"
-    if train is None: train,valid,bs,seq_len = _no_text,_no_text,1,1
+    for_prompts = train is None
+    if for_prompts: train,valid,bs,seq_len = _no_text,_no_text,1,1
     else:
         _check_fills('training', train, bs*seq_len+1)
         _check_fills('held-out', valid, bs+1)
     parts = [o for o in (train,valid,test) if len(o)]
     items = L(parts).concat()
     tfms = [tokenizer(tok), Numericalize(vocab, min_freq, max_vocab)]
-    dsets = Datasets(items, [tfms], splits=_spans(parts), dl_type=_TextDL)
+    dl_type = _PromptDL if for_prompts else LMDataLoader
+    dsets = Datasets(items, [tfms], splits=_spans(parts), dl_type=dl_type)
     return dsets.dataloaders(bs=bs, seq_len=seq_len, cache=len(items), device=device)
 
 def _check_fills(name, toks, need):
@@ -214,9 +216,9 @@ def _check_fills(name, toks, need):
 
 _no_text = [[BOS]*2] # fastai's loaders need at least one batch
 
-class _TextDL(LMDataLoader):
-    "An `LMDataLoader` that raises a `ValueError` if it is asked for batches and has no text"
+class _PromptDL(LMDataLoader):
+    "A loader that turns prompts into ids; it raises a `ValueError` if it is asked for batches and has no text"
     def __iter__(self):
-        if list(getattr(self.dataset, 'items', ()))==_no_text:
+        if list(self.dataset.items)==_no_text:
             raise ValueError('no text to train or validate on: these loaders are for prediction only')
         return super().__iter__()
