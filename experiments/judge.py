@@ -58,7 +58,8 @@ def domain_verdict(df, name):
 def mean_and_worst(df, names, arm, column='outcome'):
     "Mean regret and worst regret of `arm` over the cells `names`, as text"
     means = [regret(df, c, arm, column)[0] for c in names]
-    return f'{sum(means)/len(means):.1f}, {max(means):.1f}'
+    mean,high = (round(o, 1)+0 for o in (sum(means)/len(means), max(means))) # + 0: no `-0.0`
+    return f'{mean:.1f}, {high:.1f}'
 
 def lower_worst(df):
     "Rivals whose worst regret is not above the candidate's, over the whole cells"
