@@ -80,10 +80,10 @@ def verdicts(df):
 
 def against_rivals(df, whole):
     "Sentences on the worst regrets over the cells `whole`"
-    rivals = lower_worst(df)
-    compared = f"of {', '.join(rivals)} is no higher" if rivals else 'of every constant, switch and epochs is higher'
+    rivals = ', '.join(lower_worst(df)) or 'none'
     own = worst(df, whole, 'E3cap')
-    return [f'Over the cells with all arms, the worst regret of E3cap is {own:.1f} %.', f'The worst regret {compared}.']
+    return [f'Over the cells with all arms, the worst regret of E3cap is {own:.1f} %.',
+            f'Constants and rules with no higher one: {rivals}.']
 
 def summary(df):
     "What is known, in a few sentences; the first one gives the verdicts"

@@ -37,7 +37,7 @@ class DropoutScheduler(Callback):
         self.plan,self.applied = {},{}    # of this fit, by key: its targets, and the values that they had
 
 # %% ../nbs/03_anneal.ipynb #0f892ea8
-def _has(m, attr): return attr in vars(m) or hasattr(type(m), attr)
+def _has(m, attr): return attr in vars(m) or hasattr(type(m), attr) # torch.compile's wrapper passes `hasattr(m)` on
 
 def find_dropouts(
     model:nn.Module, # Any model, also inside a wrapper such as `DataParallel`

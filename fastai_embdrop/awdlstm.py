@@ -110,7 +110,9 @@ class WeightDropout(_WeightDropout):
 def _is_traced(): return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 def _float(x):
-    return x.float() if hasattr(x, 'float') else x and tuple(map(_float, x))
+    "In float32: a tensor, a packed sequence or a tuple of tensors; None stays None"
+    if x is None: return None
+    return tuple(map(_float, x)) if type(x) is tuple else x.float()
 
 _not_flat = 'RNN module weights are not part of single contiguous chunk of memory'
 _mute = ('ignore', re.compile(_not_flat, re.I), UserWarning, None, 0)

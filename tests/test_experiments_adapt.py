@@ -220,7 +220,8 @@ def test_summary_says_what_is_known():
         '29 of 492 runs are done, and 0 of 12 cells have all arms.'
     assert J.summary(some)==f'Not yet judged: the recommender, {waiting} ' \
         '30 of 492 runs are done, and 1 of 12 cells has all arms. ' \
-        'Over the cells with all arms, the worst regret of E3cap is 0.5 %. The worst regret of const-0.1 is no higher.'
+        'Over the cells with all arms, the worst regret of E3cap is 0.5 %. ' \
+        'Constants and rules with no higher one: const-0.1.'
 
 def test_the_summary_begins_with_the_verdicts():
     first,*rest = J.summary(table(good)).split('. ')
@@ -228,4 +229,4 @@ def test_the_summary_begins_with_the_verdicts():
         'succeeds for language models (mean regret 0.5 %, worst 0.5 ± 0.0 %); it ' \
         'fails for the classifier (mean regret 0.5 %, worst 0.5 ± 0.0 %)'
     assert rest[0]=='360 of 492 runs are done, and 12 of 12 cells have all arms'
-    assert rest[-1]=='The worst regret of every constant, switch and epochs is higher.'
+    assert rest[-1]=='Constants and rules with no higher one: none.'

@@ -28,6 +28,7 @@ def check_weights(
         compressed = any(o.compress_type for o in z.infolist())
         if compressed or z.testzip(): raise ValueError('damaged or compressed')
         pkl, = [o for o in z.namelist() if o.endswith('/data.pkl')]
+        # torch's safe loader knows no other opcode that names code
         names = [arg for op,arg,_ in pickletools.genops(z.read(pkl)) if op.name=='GLOBAL']
     unsafe = [o for o in names if not _rebuilds_tensors.fullmatch(o)]
     if unsafe: raise ValueError(f'its pickle names {unsafe[0]}')

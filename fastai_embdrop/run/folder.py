@@ -1,6 +1,6 @@
 """The folder of a run: what is in it, and how it is checked, written and loaded
 
-`save_run` writes a trained `Learner` to a folder of seven files. `load_run` turns such a folder back into a `Learner`, after `read_run` has checked the files, which may come from a stranger. `classifier_from_lm` starts a text classifier from that `Learner`.
+The folder of a run has seven files. `save_run` writes all of them but `history.csv`, which grows during the training. `load_run` turns such a folder back into a `Learner`, after `read_run` has checked the files, which may come from a stranger. `classifier_from_lm` starts a text classifier from that `Learner`.
 
 Docs: https://fastai-embdrop.github.io/fastai_embdrop/run/folder.html.md"""
 

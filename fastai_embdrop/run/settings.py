@@ -34,7 +34,7 @@ class Settings:
     drop_mult:float=.5 # Multiplies all AWD-LSTM dropouts except embed_p
     embed_p:float=.02 # Embedding dropout: the probability that a word is dropped from a batch
     embed_p_end:float|None=None # Embedding dropout at the end of the training (None: embed_p throughout)
-    sched:str='cos' # Shape from embed_p to embed_p_end; or adapt: found in training, 0 to 0.4, without these two
+    sched:str='cos' # Shape from embed_p to embed_p_end; adapt ignores both and finds embed_p, from 0 to 0.4
     tok:str='spacy' # Tokenizer: spacy with fastai's rules, or split if spaces already separate the tokens
     max_vocab:int=60000 # Largest number of words in the vocabulary
     min_freq:int=3 # A word must occur this often in the training text to be in the vocabulary
