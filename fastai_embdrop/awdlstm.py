@@ -21,7 +21,7 @@ from fastai.data.core import DataLoaders
 from fastai.text.learner import LMLearner, language_model_learner
 from fastai.text.models import awdlstm as fastai_awdlstm
 from fastai.text.models.core import _model_meta, get_language_model, LinearDecoder, SequentialRNN
-from .dropout import EmbeddingDropout, check_p, dropout_mask
+from .dropout import EmbeddingDropout, _check_p, dropout_mask
 from .loss import _autocast_dtype, without_logits
 
 # %% ../nbs/05_awdlstm.ipynb #6b4e5096
@@ -138,7 +138,7 @@ class AWD_LSTM(fastai_awdlstm.AWD_LSTM):
         per:str='batch', # What shares a mask: 'batch', 'sequence' or 'token', see `EmbeddingDropout`
         hold:bool=False # Keep one mask of words until `reset()`?
     ):
-        for n,p in dict(hidden_p=hidden_p, input_p=input_p, embed_p=embed_p, weight_p=weight_p).items(): check_p(p, n)
+        for n,p in dict(hidden_p=hidden_p, input_p=input_p, embed_p=embed_p, weight_p=weight_p).items(): _check_p(p, n)
         super().__init__(vocab_sz, emb_sz, n_hid, n_layers, pad_token, hidden_p, input_p, embed_p, weight_p, bidir)
         self.encoder_dp,self.input_dp = EmbeddingDropout(self.encoder, embed_p, per, hold),RNNDropout(input_p)
         self.hidden_dps = nn.ModuleList(RNNDropout(hidden_p) for _ in range(n_layers))
@@ -186,7 +186,7 @@ def _lm_config(config, drop_mult):
     "The defaults, updated with `config`; checks that each probability times `drop_mult` is in [0, 1]"
     cfg = {**awd_lstm_lm_config, **(config or {})}
     for n,p in cfg.items():
-        if n.endswith('_p'): check_p(p*drop_mult, n)
+        if n.endswith('_p'): _check_p(p*drop_mult, n)
     return cfg
 
 def awd_lstm_lm(

@@ -14,7 +14,7 @@ import re, warnings
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from torch import nn
-from .dropout import EmbeddingDropout, RowDropout, check_p, check_per, _check_ids
+from .dropout import EmbeddingDropout, RowDropout, _check_p, _check_per, _check_ids
 
 # %% ../nbs/01_embeddings.ipynb #9acdfb16
 def add_embedding_dropout(
@@ -24,8 +24,8 @@ def add_embedding_dropout(
     only:str|re.Pattern|Callable|None=None # Which, by name: glob, regex or predicate (None: all but one-column tables)
 )->dict: # From qualified name to the module that has `embed_p`
     "Drop rows (Merity et al. 2017, section 4.3) of the `nn.Embedding`s of `model`; `ValueError` if there are none"
-    check_p(embed_p)
-    check_per(per)
+    _check_p(embed_p)
+    _check_per(per)
     found = _candidates(model)
     chosen = {n:m for n,m in found.items() if _is_chosen(n, m, only)}
     if not chosen: raise ValueError(_why_none(found, only))

@@ -22,7 +22,7 @@ from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabula
 from fastai.text.all import (Categorize, Datasets, Numericalize, SortedDL, pad_input_chunk, set_seed,
                              text_classifier_learner)
 from fastai_embdrop import adapt
-from fastai_embdrop.adapt import AdaptEmbedP, eval_loss, feedback_p, hold_out, sample_batches, smoothed
+from fastai_embdrop.adapt import AdaptEmbedP, eval_loss, feedback_p, _hold_out, _sample_batches, smoothed
 from fastai_embdrop.awdlstm import AWD_LSTM, awd_lstm_clas_config, awd_lstm_learner
 from fastai_embdrop.embeddings import add_embedding_dropout
 from fastai_embdrop.run.corpus import lm_dataloaders
@@ -147,7 +147,7 @@ def test_what_a_forward_pass_changes_is_put_back():
 
 def test_a_failed_measurement_leaves_nothing_either():
     learn = lm()
-    batches,hidden = sample_batches(learn.dls.valid, 1),learn.model[0].hidden
+    batches,hidden = _sample_batches(learn.dls.valid, 1),learn.model[0].hidden
     learn.loss_func = lambda pred, targ: 1/0
     with pytest.raises(ZeroDivisionError): eval_loss(learn, batches)
     assert learn.model.training and learn.model[0].hidden is hidden and not hasattr(learn, 'xb')
@@ -177,24 +177,24 @@ def ids_of(batches): return torch.cat([b[0].flatten() for b in batches])
 def test_a_sample_is_always_the_same(make):
     learn = make()
     state = torch.get_rng_state()
-    a,b = (ids_of(sample_batches(learn.dls.train, 2)) for _ in range(2))
+    a,b = (ids_of(_sample_batches(learn.dls.train, 2)) for _ in range(2))
     assert torch.equal(a, b) and torch.equal(state, torch.get_rng_state())
     for _ in learn.dls.train: pass # shuffles
-    assert torch.equal(a, ids_of(sample_batches(learn.dls.train, 2)))
+    assert torch.equal(a, ids_of(_sample_batches(learn.dls.train, 2)))
 
 def test_items_are_spread_and_text_is_not():
     dl = TfmdDL(list(range(100)), bs=10, shuffle=True, num_workers=0)
-    assert [o.tolist() for o in sample_batches(dl, 2)]==[list(range(0, 50, 5)), list(range(50, 100, 5))]
-    assert len(sample_batches(dl, 99))==10
+    assert [o.tolist() for o in _sample_batches(dl, 2)]==[list(range(0, 50, 5)), list(range(50, 100, 5))]
+    assert len(_sample_batches(dl, 99))==10
     train = lm().dls.train
-    a,b = [x for x,_ in sample_batches(train, 2)]
+    a,b = [x for x,_ in _sample_batches(train, 2)]
     text = train.dataset[0][0]
     assert torch.equal(torch.cat([a[0],b[0]]), text[:16])
 
 def test_other_loaders_give_their_first_batches():
     xs = [(torch.tensor([float(i)]),)*2 for i in range(10)]
     dl = torch.utils.data.DataLoader(xs, batch_size=2)
-    assert [x.flatten().tolist() for x,_ in sample_batches(dl, 2)]==[[0, 1], [2, 3]]
+    assert [x.flatten().tolist() for x,_ in _sample_batches(dl, 2)]==[[0, 1], [2, 3]]
 
 @pytest.mark.parametrize('epochs,n', [(1, 1), (19, 1), (20, 2), (30, 3), (200, 8)])
 def test_size_of_the_samples(epochs, n):
@@ -282,7 +282,7 @@ def test_control_of_ones_own():
     dls = lm_dataloaders(train, valid, tok='split', vocab=lm().dls.vocab, bs=4, seq_len=8, device='cpu')
     cb = AdaptEmbedP(control=dls.valid)
     fitted(lm, cb)
-    assert torch.equal(ids_of(cb.samples.control), ids_of(sample_batches(dls.valid, 1)))
+    assert torch.equal(ids_of(cb.samples.control), ids_of(_sample_batches(dls.valid, 1)))
 
 def texts_of(dl): return [o[0].tolist() for o in dl.dataset]
 
@@ -290,7 +290,7 @@ def texts_of(dl): return [o[0].tolist() for o in dl.dataset]
 @pytest.mark.parametrize('share', [.001, .25, .6])
 def test_text_held_out(make, share):
     dl = make().dls.train
-    train,control = (texts_of(o) for o in hold_out(dl, share))
+    train,control = (texts_of(o) for o in _hold_out(dl, share))
     whole = sum(texts_of(dl), [])
     assert sum(train, [])+sum(control, [])==whole and len(sum(control, []))==round(share*len(whole))
     assert len(train)+len(control) in (len(texts_of(dl)), len(texts_of(dl))+1) and all(train+control)
@@ -298,7 +298,7 @@ def test_text_held_out(make, share):
 @pytest.mark.parametrize('make', [classifier, tabular, collab])
 def test_items_held_out(make):
     dl = make().dls.train
-    train,control = hold_out(dl, .25)
+    train,control = _hold_out(dl, .25)
     n = len(dl.dataset)
     assert (len(train.dataset), len(control.dataset))==(n-round(n/4), round(n/4)) and train.shuffle and train.bs==dl.bs
     def rows(dl): return sorted(str(o.tolist()) for b in dl.new(shuffle=False, drop_last=False, bs=1) for o in [b[0]])
@@ -311,7 +311,7 @@ def test_training_never_sees_what_is_held_out():
             if self.training: seen.extend(map(str, self.xb[1].tolist()))
     cb = AdaptEmbedP(control=.25)
     learn.fit(3, cbs=[cb, See()])
-    held = {str(o) for b in sample_batches(hold_out(learn.dls.train, .25)[1], 99) for o in b[1].tolist()}
+    held = {str(o) for b in _sample_batches(_hold_out(learn.dls.train, .25)[1], 99) for o in b[1].tolist()}
     assert len(held)==18 and len(set(seen))>=45 and not held & set(seen) and learn.train_iter==3*len(cb.train_dl)
     learn.fit(1, cbs=See())
     assert held & set(seen)

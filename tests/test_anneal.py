@@ -17,7 +17,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.learner import Recorder
 from fastai.text.all import language_model_learner
 from fastai.text.models import awdlstm as fastai_awdlstm
-from fastai_embdrop.anneal import AnnealDropMult, AnnealEmbedP, DropoutScheduler, base_p, drop_attrs, find_dropouts
+from fastai_embdrop.anneal import AnnealDropMult, AnnealEmbedP, DropoutScheduler, _base_p, drop_attrs, find_dropouts
 from fastai_embdrop.awdlstm import awd_lstm_learner, awd_lstm_lm, awd_lstm_lm_config
 from fastai_embdrop.run.checkpoint import Checkpoint, last_checkpoint
 from fastai_embdrop.schedules import SchedCurriculum, SchedEarly, SchedLate, SchedPiecewise, shapes
@@ -411,7 +411,7 @@ def test_a_copied_learner_knows_what_was_configured(learn, how):
     new = how(learn)
     new.fit(1)
     assert applied(new, 'drop_mult')[0]==1 and new.model[0].encoder_dp.embed_p==learn.model[0].encoder_dp.embed_p < .02
-    assert base_p(new.model[0].encoder_dp, 'embed_p')==.02
+    assert _base_p(new.model[0].encoder_dp, 'embed_p')==.02
 
 def test_a_loaded_learner_knows_what_was_configured(learn):
     learn.fit(1, cbs=AnnealEmbedP(end=0))
@@ -434,7 +434,7 @@ def test_a_resumed_fit_knows_what_was_configured(dls, tmp_path, monkeypatch):
     monkeypatch.setattr(Break, 'at', None)
     learn,n = fit(last_checkpoint(tmp_path)),len(dls.train)
     np.testing.assert_allclose(applied(learn, 'drop_mult'), [SchedCos(1, .5)(i/n) for i in range(n)])
-    assert base_p(learn.model[0].encoder_dp, 'embed_p')==.02
+    assert _base_p(learn.model[0].encoder_dp, 'embed_p')==.02
 
 # What a batch costs the device
 

@@ -148,7 +148,7 @@ def test_shapes(per, shape):
     assert module(per=per)(words).shape==(*shape, 2)
 
 def test_large_vocabularies_need_no_table(monkeypatch):
-    monkeypatch.setattr(dropout, 'max_table_draw', 10)
+    monkeypatch.setattr(dropout, '_max_table_draw', 10)
     m,words = module(V=50),torch.tensor([[1,2,3,1]])
     monkeypatch.setattr(dropout, 'dropout_mask', lambda *_: pytest.fail('drew a number for each row of the vocabulary'))
     g = [gone(m, words)[0] for _ in range(50)]

@@ -14,12 +14,12 @@ from fastai.callback.schedule import SchedCos, SchedExp, SchedLin, SchedNo, Sche
 from hypothesis import assume, example, given, strategies as st
 from torch import nn
 from fastai_embdrop.run.corpus import _csv_texts as csv_texts, fingerprint, read_corpus, tokenize
-from fastai_embdrop.dropout import EmbeddingDropout, check_p
-from fastai_embdrop.run.files import read_text
-from fastai_embdrop.run.settings import Settings, parse_args, read_ini, to_ini
+from fastai_embdrop.dropout import EmbeddingDropout, _check_p
+from fastai_embdrop.run.files import _read_text
+from fastai_embdrop.run.settings import Settings, _parse_args, read_ini, to_ini
 from fastai_embdrop.run.folder import load_run
 from fastai_embdrop.run.train import train_lm
-from fastai_embdrop.schedules import SchedCurriculum, SchedEarly, SchedLate, SchedPiecewise, eval_sched
+from fastai_embdrop.schedules import SchedCurriculum, SchedEarly, SchedLate, SchedPiecewise, _eval_sched
 from conftest import random_tokens, tried
 
 def prop(*args, **kw):
@@ -126,7 +126,7 @@ anything = st.none() | st.text() | st.binary() | st.lists(st.integers()) | st.co
 
 @prop(anything)
 def test_a_probability_or_an_error(p):
-    with or_error(ValueError, names='embed_p='): assert 0<=check_p(p)<=1 and check_p(p)==float(p)
+    with or_error(ValueError, names='embed_p='): assert 0<=_check_p(p)<=1 and _check_p(p)==float(p)
 
 good_points = st.lists(st.tuples(st.sampled_from([0, .2, .5, .9, 1]), st.floats(0, 1)), max_size=5).map(sorted)
 points = st.lists(st.tuples(numbers, numbers) | anything, max_size=4) | good_points
@@ -145,7 +145,7 @@ def square(start, end): return SchedPoly(start, end, 2)
 @prop(st.sampled_from([SchedCos, SchedExp, SchedLin, SchedNo, square, step]), anything, anything, st.floats(0, 1))
 def test_any_schedule_gives_probabilities_or_an_error(shape, start, end, pct):
     with or_error(ValueError, names="schedule of 'embed_p' at pct="):
-        assert 0<=eval_sched(lambda x: shape(start, end)(x), pct)<=1
+        assert 0<=_eval_sched(lambda x: shape(start, end)(x), pct)<=1
 
 # Files of text
 
@@ -161,7 +161,7 @@ def decode(b): return b.decode().removeprefix('\ufeff').replace('\r\n', '\n').re
 def test_text_is_decoded_without_mark_and_carriage_returns(tmp, b):
     (tmp/'a.txt').write_bytes(b)
     with or_error(ValueError, names=tmp/'a.txt'):
-        text = read_text(tmp/'a.txt')
+        text = _read_text(tmp/'a.txt')
         assert text==decode(b) and text.strip()
         return
     with pytest.raises((UnicodeDecodeError,AssertionError)): assert decode(b).strip()
@@ -241,7 +241,7 @@ words = st.sampled_from([f'--{k}' for k in keys] + ['--show','--overwrite','--',
 @prop(st.lists(words | texts, max_size=6))
 def test_any_command_line_is_parsed_or_refused(argv):
     try:
-        with or_error(ValueError, OSError): assert isinstance(parse_args(argv)[0], Settings)
+        with or_error(ValueError, OSError): assert isinstance(_parse_args(argv)[0], Settings)
     except SystemExit: assert '-h' in argv
 
 @prop(st.fixed_dictionaries({}, optional=valid))

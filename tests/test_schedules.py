@@ -3,7 +3,7 @@ from functools import partial
 import numpy as np, pytest
 from fastai.callback.schedule import SchedCos, SchedExp, SchedLin, SchedPoly
 from fastai_embdrop.schedules import SchedCurriculum, SchedEarly, SchedLate, SchedPiecewise, shapes
-from fastai_embdrop.schedules import check_sched, check_shape, eval_sched
+from fastai_embdrop.schedules import _check_sched, _check_shape, _eval_sched
 
 pcts = np.linspace(0, 1, 121) # 1/3 and 1/2 are among them
 
@@ -37,9 +37,9 @@ def test_piecewise_refuses(points, msg):
 
 def test_a_value_is_checked_with_the_largest_factor():
     f = SchedLin(2, 0)
-    assert (eval_sched(f, .5), eval_sched(f, 0, most=.5), eval_sched(f, .1, most=.5))==(1, 2, 1.8)
-    with pytest.raises(ValueError, match="schedule of 'p' at pct=0: p=2"): eval_sched(f, 0, 'p')
-    with pytest.raises(ValueError, match="schedule of 'p' at pct=0: p=1.2"): eval_sched(f, 0, 'p', .6)
+    assert (_eval_sched(f, .5), _eval_sched(f, 0, most=.5), _eval_sched(f, .1, most=.5))==(1, 2, 1.8)
+    with pytest.raises(ValueError, match="schedule of 'p' at pct=0: p=2"): _eval_sched(f, 0, 'p')
+    with pytest.raises(ValueError, match="schedule of 'p' at pct=0: p=1.2"): _eval_sched(f, 0, 'p', .6)
 
 # what is left of the way from start to end
 left = dict(cos=lambda x: (1+np.cos(np.pi*x))/2, lin=lambda x: 1-x, poly=lambda x: 1-x**2, const=lambda x: 1.,
@@ -59,7 +59,7 @@ def test_exp_is_a_straight_line_of_logarithms(start, end):
     np.testing.assert_allclose(np.diff(logs), np.log(end/start)/120)
 
 @pytest.mark.parametrize('name', shapes)
-def test_shapes_are_no_schedules_of_another_meaning(name): assert check_shape(shapes[name]) is shapes[name]
+def test_shapes_are_no_schedules_of_another_meaning(name): assert _check_shape(shapes[name]) is shapes[name]
 
 not_shapes = [(SchedEarly, "shapes['early']"), (SchedLate, "shapes['late']"), (SchedPiecewise, 'SchedCos'),
               (SchedCurriculum, "shapes['curriculum']"), (SchedPoly, "shapes['poly']"), ('cos', "shapes['cos']"),
@@ -68,14 +68,14 @@ not_shapes = [(SchedEarly, "shapes['early']"), (SchedLate, "shapes['late']"), (S
 
 @pytest.mark.parametrize('sched,right', not_shapes)
 def test_a_shape_takes_a_start_and_an_end(sched, right):
-    with pytest.raises(ValueError) as e: check_shape(sched)
+    with pytest.raises(ValueError) as e: _check_shape(sched)
     assert str(e.value).startswith(f"sched={getattr(sched, '__name__', repr(sched))}: ")
     assert str(e.value).endswith(f"use sched={right}, or DropoutScheduler({{'embed_p': ...}}) for a schedule")
 
 @pytest.mark.parametrize('start,end', [(.5,0), (0,.5), (0,0.)])
 def test_exp_needs_ends_above_0(start, end):
     with pytest.raises(ValueError, match=rf"schedule of 'p': SchedExp\({start}, {end}\) .* use SchedCos or SchedLin"):
-        check_sched(SchedExp(start, end), 'p')
+        _check_sched(SchedExp(start, end), 'p')
 
 @pytest.mark.parametrize('sched', [SchedExp(.5, .05), SchedCos(.5, 0), SchedEarly(.5, .3), partial(max, 0)])
-def test_other_schedules_pass(sched): assert check_sched(sched) is sched
+def test_other_schedules_pass(sched): assert _check_sched(sched) is sched

@@ -19,11 +19,11 @@ from fastprogress.fastprogress import format_time
 from .. import __version__
 from ..adapt import AdaptEmbedP
 from ..anneal import AnnealEmbedP
-from .checkpoint import CSVHistory,Checkpoint,checkpoint_files,last_checkpoint,signal_handlers
+from .checkpoint import CSVHistory,Checkpoint,_checkpoint_files,last_checkpoint,_signal_handlers
 from .corpus import fingerprint,lm_dataloaders,read_corpus,tokenize
-from .files import read_json,run_lock
-from .folder import _present,check_out_dir,load_run,run_files,run_learner,save_run
-from .settings import Settings,check_keys,find_device,parse_args,to_ini
+from .files import _read_json,run_lock
+from .folder import _present,_check_out_dir,load_run,_run_files,_run_learner,_save_run
+from .settings import Settings,_check_keys,find_device,_parse_args,to_ini
 from ..schedules import shapes
 
 # %% ../../nbs/run/06_train.ipynb #73fbc733
@@ -36,7 +36,7 @@ def train_lm(
     device = find_device(s.device, s.precision)
     finished = _load_if_finished(s, device) if resume else None
     if finished: return finished
-    out = check_out_dir(s.out, overwrite, resume)
+    out = _check_out_dir(s.out, overwrite, resume)
     started = time.time()
     learn,config = _prepare(s, device)
     with _maybe_distrib(learn): pass # raises if the text is too short for all processes
@@ -44,10 +44,10 @@ def train_lm(
     with run_lock(out), _bars_or_lines(learn):
         _fit(learn, s, out, config, resume)
         if rank_distrib(): return learn
-        with modified_env('WORLD_SIZE'): save_run(learn, out, config) # or fastai would wait for the other ranks
-        for f in checkpoint_files: (out/f).unlink(missing_ok=True)
+        with modified_env('WORLD_SIZE'): _save_run(learn, out, config) # or fastai would wait for the other ranks
+        for f in _checkpoint_files: (out/f).unlink(missing_ok=True)
     print(_line(config['results']), f'time {format_time(time.time()-started)}', sep=', ')
-    print(*(out/f for f in run_files), sep='\n')
+    print(*(out/f for f in _run_files), sep='\n')
     return learn
 
 # %% ../../nbs/run/06_train.ipynb #89e511ce
@@ -58,7 +58,7 @@ def _prepare(s, device):
     set_seed(s.seed, reproducible=True)
     dls = lm_dataloaders(*toks, tok=s.tok, min_freq=s.min_freq, max_vocab=s.max_vocab, bs=s.bs, seq_len=s.seq_len,
                          device=device)
-    learn = run_learner(dls, s)
+    learn = _run_learner(dls, s)
     config = _config(s, device, corpus, toks, learn)
     if not rank_distrib():
         print('{tokens[train]:,} training and {tokens[valid]:,} held-out tokens'.format(**config),
@@ -96,7 +96,7 @@ def _scheduler(s): return AdaptEmbedP() if s.sched=='adapt' else AnnealEmbedP(*s
 
 def _empty(out):
     "Remove what a run left in `out`"
-    for f in (*checkpoint_files, *run_files): (out/f).unlink(missing_ok=True)
+    for f in (*_checkpoint_files, *_run_files): (out/f).unlink(missing_ok=True)
 
 def _maybe_distrib(learn):
     "`lm_distrib_ctx` if there are several processes; `accelerate` is needed only then"
@@ -120,7 +120,7 @@ def _bars_or_lines(learn):
 # %% ../../nbs/run/06_train.ipynb #2e30212a
 def _check_resumable(old, new):
     "Raise a `ValueError` if two `config.json` differ in what changes the result, warn if in what may change it"
-    check_keys(old['settings'], 'a run that is older than this version')
+    _check_keys(old['settings'], 'a run that is older than this version')
     different = _diff(_decisive(old), _decisive(new))
     if different: raise ValueError(f'a run must be resumed with the settings it was started with, not {different}')
     different = _diff(_environment(old), _environment(new))
@@ -138,10 +138,10 @@ def _diff(a, b): return ', '.join(f'{k}: {a[k]} -> {b[k]}' for k in b if k in a 
 def _load_if_finished(s, device):
     "The `LMLearner` of the run in `s.out`, or None if the run lacks a file or has a checkpoint"
     out = Path(s.out)
-    if _present(out, checkpoint_files+run_files)!=[*run_files]: return None
+    if _present(out, _checkpoint_files+_run_files)!=[*_run_files]: return None
     with run_lock(out):
         learn = load_run(out, str(device))
-        old = read_json(out/'config.json')
+        old = _read_json(out/'config.json')
     _check_resumable(old, {**old, 'settings':asdict(s), 'device':str(device)})
     if not rank_distrib(): print(f'{out}: this run is finished')
     return learn
@@ -151,10 +151,10 @@ def main(
     argv:list|None=None # Arguments (None: those of the command)
 )->int|None: # Exit status
     "`embdrop-train`: status 2, and one line on stderr, for bad input; 130 after SIGINT, 143 after SIGTERM"
-    with signal_handlers(_end), warnings.catch_warnings():
+    with _signal_handlers(_end), warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            args = parse_args(argv)
+            args = _parse_args(argv)
             if args.show: print(to_ini(args.settings), end='')
             else: train_lm(args.settings, args.overwrite, args.resume)
         except (OSError,ValueError) as e:

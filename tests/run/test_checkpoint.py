@@ -20,11 +20,11 @@ from fastai_embdrop.adapt import AdaptEmbedP
 from fastai_embdrop.anneal import AnnealEmbedP, DropoutScheduler
 from fastai_embdrop.awdlstm import awd_lstm_learner
 from fastai_embdrop.run.checkpoint import (CSVHistory, Checkpoint, _from_plain as from_plain, _to_plain as to_plain,
-                                           checkpoint_files, last_checkpoint, read_checkpoint, signal_handlers)
+                                           _checkpoint_files, last_checkpoint, read_checkpoint, _signal_handlers)
 from fastai_embdrop.run.corpus import lm_dataloaders
 from conftest import SMALL, random_tokens, small_dls
 
-new,prev = checkpoint_files
+new,prev = _checkpoint_files
 
 # Every batch of every kind of fit
 
@@ -250,7 +250,7 @@ def test_between_the_fits_of_a_learner(tmp_path):
 def test_without_the_command_ctrl_c_is_a_keyboard_interrupt(tmp_path):
     ckpt,learn = Checkpoint(tmp_path, every=100),lm()[1]
     interrupt = Callback(after_batch=lambda cb: signal.raise_signal(signal.SIGINT) if cb.train_iter==3 else None)
-    deaf = signal_handlers(signal.default_int_handler) # as jobs in the background are, from their start
+    deaf = _signal_handlers(signal.default_int_handler) # as jobs in the background are, from their start
     with deaf, pytest.raises(KeyboardInterrupt), ckpt.signals(): learn.fit(2, cbs=[ckpt, interrupt])
     assert last_checkpoint(tmp_path)['train_iter']==3
 
@@ -407,7 +407,7 @@ def test_dropped_weights_are_not_in_a_checkpoint(tmp_path):
     learn = awd_lstm_learner(small_dls(200), SMALL)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Checkpoint(tmp_path))
     assert 'weight_hh_l0' in vars(learn.model[0].rnns[0].module)
-    assert b'weight_hh_l0_raw' in (tmp_path/checkpoint_files[0]).read_bytes()
+    assert b'weight_hh_l0_raw' in (tmp_path/_checkpoint_files[0]).read_bytes()
     state = last_checkpoint(tmp_path)
     remembered = [name for part in state['ranks'][0]['parts'].values() for name in part]
     assert remembered and 'weight_hh_l0' not in remembered

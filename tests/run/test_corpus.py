@@ -6,7 +6,7 @@ from fastai_embdrop.run import corpus as C
 from fastai_embdrop.awdlstm import awd_lstm_learner
 from fastai_embdrop.run.corpus import (_source_files as source_files, _split_items as split_items,
                                        docstrings, fingerprint,
-                                       first_words, lm_dataloaders, read_corpus, tokenize, tokenizer)
+                                       first_words, lm_dataloaders, read_corpus, tokenize, _tokenizer)
 from conftest import SMALL, small_dls
 from running import Bomb
 
@@ -128,7 +128,7 @@ def package(tmp_path, monkeypatch):
         source = f'"""In {f}:\n   {words(20)}"""\nraise SystemExit\ndef f():\n  "{words(20)}, \\d"\n'
         (tmp_path/f'boom/{f}.py').write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(C, 'doc_pkgs', ('boom',))
+    monkeypatch.setattr(C, '_doc_pkgs', ('boom',))
 
 def test_docstrings_without_import(package):
     train,valid,_ = read_corpus('docstrings')
@@ -147,7 +147,7 @@ def test_docstrings_drop_layout_and_labels():
     assert docstrings(f'class A:\n    """{long}"""\n    def f(self): "{words(19)}"') == [f'Title {words(19)}']
 
 def test_missing_package(monkeypatch):
-    monkeypatch.setattr(C, 'doc_pkgs', ('no_such_package',))
+    monkeypatch.setattr(C, '_doc_pkgs', ('no_such_package',))
     with pytest.raises(FileNotFoundError, match='no_such_package'): read_corpus()
 
 def test_default_corpus_is_real_prose():
@@ -164,7 +164,7 @@ def test_spacy_tokens_are_those_of_fastai():
 def test_split_tokens():
     toks, = tokenize(['= Title = \n\n the <unk> N \n'], 'split')
     assert toks==['=','Title','=','xxeos','xxeos','the','<unk>','N','xxeos']
-    assert tokenizer('split')('a prompt')==['a','prompt']
+    assert _tokenizer('split')('a prompt')==['a','prompt']
 
 @pytest.mark.parametrize('tok', ['spacy','split'])
 def test_a_text_longer_than_spacy_takes(tok):

@@ -12,7 +12,7 @@ from fastai.distributed import DistributedDL
 from fastai.text.data import LMDataLoader
 from fastai_embdrop.run.checkpoint import Checkpoint, last_checkpoint
 from fastai_embdrop.run.distrib import LMDistributedDL, lm_distrib_ctx
-from fastai_embdrop.run.train import main, run_files
+from fastai_embdrop.run.train import main, _run_files
 from ranks import awd_lstm_learner, dls, without_dropout
 from conftest import SMALL, random_tokens
 
@@ -191,7 +191,7 @@ def test_a_checkpoint_is_of_so_many_processes(tmp_path):
         learn.fit(1, cbs=Checkpoint(tmp_path, state=state))
 
 def test_one_rank_writes_and_prints(runs):
-    for o in 'whole','killed': assert sorted(os.listdir(runs[0]/o))==sorted(run_files)
+    for o in 'whole','killed': assert sorted(os.listdir(runs[0]/o))==sorted(_run_files)
     out = runs[1][0].stdout
     assert [out.count(o) for o in ('held-out tokens', 'epoch ', 'perplexity ', 'model.pth')]==[1,2,3,1]
 

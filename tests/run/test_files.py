@@ -4,25 +4,25 @@ from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 import pytest, torch
-from fastai_embdrop.run.files import load_weights, read_text, read_vocab, run_lock, write_atomic, write_text
+from fastai_embdrop.run.files import load_weights, _read_text, read_vocab, run_lock, write_atomic, _write_text
 from running import Bomb
 
 # Text
 
 def test_byte_order_mark_and_line_ends(tmp_path):
     (tmp_path/'a.txt').write_bytes('\ufeffone\r\ntwo\rthree\n'.encode())
-    assert read_text(tmp_path/'a.txt') == 'one\ntwo\nthree\n'
+    assert _read_text(tmp_path/'a.txt') == 'one\ntwo\nthree\n'
 
 @pytest.mark.parametrize('head', [b'', '\ufeff'.encode()])
 def test_not_utf8(tmp_path, head):
     "The byte's place is counted without the byte order mark"
     (tmp_path/'a.txt').write_bytes(head+b'caf\xe9')
-    with pytest.raises(ValueError, match='a.txt: not UTF-8 at byte 3$'): read_text(tmp_path/'a.txt')
+    with pytest.raises(ValueError, match='a.txt: not UTF-8 at byte 3$'): _read_text(tmp_path/'a.txt')
 
 @pytest.mark.parametrize('text', ['', ' \n\t ', '\ufeff'])
 def test_empty(tmp_path, text):
     (tmp_path/'a.txt').write_text(text, encoding='utf-8')
-    with pytest.raises(ValueError, match='a.txt: no text'): read_text(tmp_path/'a.txt')
+    with pytest.raises(ValueError, match='a.txt: no text'): _read_text(tmp_path/'a.txt')
 
 # Weights
 
@@ -57,7 +57,7 @@ def test_a_bomb_does_not_go_off(tmp_path):
     assert (tmp_path/'boom').exists(), 'it was a live one'
 
 def test_no_such_file(tmp_path):
-    for read in load_weights,read_text,read_vocab:
+    for read in load_weights,_read_text,read_vocab:
         with pytest.raises(FileNotFoundError, match='nowhere'): read(tmp_path/'nowhere')
 
 # Writing
@@ -67,7 +67,7 @@ def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
     def interrupted(f):
         f.write(b'half')
         raise KeyboardInterrupt
-    write_text(path, 'old é')
+    _write_text(path, 'old é')
     with pytest.raises(KeyboardInterrupt): write_atomic(path, interrupted, prev)
     assert path.read_text(encoding='utf-8')=='old é' and os.listdir(tmp_path)==['a.txt']
     write_atomic(path, lambda f: f.write(b'new'), prev)
@@ -123,7 +123,7 @@ with run_lock({str(tmp_path)!r}):
 
 def test_only_rank_0_locks_and_writes(tmp_path, monkeypatch):
     monkeypatch.setenv('RANK', '1')
-    with run_lock(tmp_path),run_lock(tmp_path): write_text(tmp_path/'a.txt', 'text')
+    with run_lock(tmp_path),run_lock(tmp_path): _write_text(tmp_path/'a.txt', 'text')
     assert os.listdir(tmp_path)==[]
 
 # Words

@@ -9,7 +9,7 @@ from fastai_embdrop.run import folder
 from fastai_embdrop.run.corpus import fingerprint, lm_dataloaders, read_corpus
 from fastai_embdrop.run.files import load_weights, read_vocab
 from fastai_embdrop.run.folder import (_clas_config as clas_config, _read_settings as read_settings, classifier_from_lm,
-                                       load_run, run_files)
+                                       load_run, _run_files)
 from fastai_embdrop.run.settings import Settings
 from fastai_embdrop.run.train import train_lm
 from conftest import random_tokens
@@ -29,7 +29,7 @@ def weights(copy): return torch.load(copy/'model.pth', weights_only=True)
 
 def test_files_of_a_run(run):
     out,learn = run
-    assert sorted(os.listdir(out))==sorted(run_files)
+    assert sorted(os.listdir(out))==sorted(_run_files)
     for f in 'schedule.png','losses.png':
         image = plt.imread(out/f)
         assert min(image.shape[:2])>300 and image[...,:3].std()>0
@@ -180,7 +180,7 @@ def only_on_meta(monkeypatch):
         assert torch.empty(()).is_meta
         return make(*args)
     monkeypatch.setattr(folder, 'awd_lstm_lm', made)
-    monkeypatch.setattr(folder, 'run_learner', lambda *_: pytest.fail('made a learner'))
+    monkeypatch.setattr(folder, '_run_learner', lambda *_: pytest.fail('made a learner'))
 
 too_large = 'config.json: .*( bytes, but| layers, but|Storage size calculation overflowed)'
 

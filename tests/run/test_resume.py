@@ -5,20 +5,20 @@ import json, multiprocessing, os, pickle, random, shutil, signal, subprocess, sy
 from pathlib import Path
 import pandas as pd, pytest, torch
 from fastai.basics import Callback, defaults
-from fastai_embdrop.run.checkpoint import checkpoint_files, last_checkpoint, read_checkpoint
+from fastai_embdrop.run.checkpoint import _checkpoint_files, last_checkpoint, read_checkpoint
 from fastai_embdrop.run.files import run_lock, write_atomic
-from fastai_embdrop.run.folder import run_files
+from fastai_embdrop.run.folder import _run_files
 from fastai_embdrop.run.train import main
 from running import TINY, Bomb, fails, flags, text
 
 KILLS = int(os.environ.get('EMBDROP_KILLS', 5))
-new,prev = checkpoint_files
+new,prev = _checkpoint_files
 
 # A run
 
 def same_run(a, b):
     "Do two finished runs differ in nothing but `out`, `save_every` and the time they took?"
-    assert sorted(os.listdir(a))==sorted(os.listdir(b))==sorted(run_files)
+    assert sorted(os.listdir(a))==sorted(os.listdir(b))==sorted(_run_files)
     for f in 'model.pth','vocab.json','sample.txt','losses.png','schedule.png':
         assert (a/f).read_bytes()==(b/f).read_bytes(), f
     hists = [pd.read_csv(o/'history.csv').drop(columns='time') for o in (a,b)]
@@ -70,8 +70,8 @@ def test_resume_begins_a_run(whole, args, tmp_path):
     same_run(whole, tmp_path/'run')
 
 def test_resume_goes_on(whole, args, broken):
-    assert sorted(os.listdir(broken))==sorted(checkpoint_files)
-    assert [read_checkpoint(broken/f)['train_iter'] for f in checkpoint_files]==[12,8]
+    assert sorted(os.listdir(broken))==sorted(_checkpoint_files)
+    assert [read_checkpoint(broken/f)['train_iter'] for f in _checkpoint_files]==[12,8]
     assert main([*args, '--resume', '--save_every', '7']) is None
     same_run(whole, broken)
 
@@ -92,7 +92,7 @@ def test_a_begun_run_is_not_overwritten_unasked(capsys, whole, args, broken):
     assert main([*args, '--overwrite']) is None
     same_run(whole, broken)
 
-@pytest.mark.parametrize('where', ['fastai_embdrop.run.train.save_run', 'fastai_embdrop.run.folder._save_plot',
+@pytest.mark.parametrize('where', ['fastai_embdrop.run.train._save_run', 'fastai_embdrop.run.folder._save_plot',
                                    'fastai.text.all.LMLearner.predict'])
 def test_broken_while_the_files_are_written(whole, args, tmp_path, monkeypatch, where):
     with monkeypatch.context() as m:
@@ -110,14 +110,14 @@ def test_broken_between_renames(whole, args, tmp_path, monkeypatch, n):
     with monkeypatch.context() as m:
         m.setattr(os, 'replace', replace)
         with pytest.raises(RuntimeError, match='broken'): main(args)
-    assert [(tmp_path/'run'/f).exists() for f in checkpoint_files]==[n==2, n==3]
+    assert [(tmp_path/'run'/f).exists() for f in _checkpoint_files]==[n==2, n==3]
     assert main([*args, '--resume']) is None
     same_run(whole, tmp_path/'run')
 
 def test_a_finished_run_is_left_alone(capsys, whole, text, tmp_path):
     shutil.copytree(whole, out := tmp_path/'run')
     (out/'lock').write_text('12345')
-    def stamps(): return {f:(out/f).stat().st_mtime_ns for f in run_files}
+    def stamps(): return {f:(out/f).stat().st_mtime_ns for f in _run_files}
     before,args = stamps(),[*flags(data=text, out=out), '--resume']
     capsys.readouterr()
     assert main(args) is None and capsys.readouterr().out==f'{out}: this run is finished\n'
@@ -130,7 +130,7 @@ def test_a_finished_run_is_left_alone(capsys, whole, text, tmp_path):
 def test_changed_settings_are_refused(capsys, args, broken, key, value, msg):
     old = (broken/new).read_bytes()
     assert msg in fails(capsys, *args, '--resume', f'--{key}', value)
-    assert (broken/new).read_bytes()==old and sorted(os.listdir(broken))==sorted(checkpoint_files)
+    assert (broken/new).read_bytes()==old and sorted(os.listdir(broken))==sorted(_checkpoint_files)
 
 def test_changed_text_is_refused_and_moved_text_is_not(capsys, args, broken, text, tmp_path, whole):
     (tmp_path/'other.txt').write_text(text.read_text()+' w1')
@@ -158,11 +158,11 @@ def test_a_torn_file_falls_back(capsys, whole, args, broken):
 
 @pytest.mark.filterwarnings('default')
 def test_two_torn_files_are_refused(capsys, args, broken):
-    for f in checkpoint_files: (broken/f).write_bytes(b'')
+    for f in _checkpoint_files: (broken/f).write_bytes(b'')
     capsys.readouterr()
     assert main([*args, '--resume'])==2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f'embdrop-train: {broken/prev}: not a whole checkpoint')
-    assert sorted(os.listdir(broken))==sorted(checkpoint_files)
+    assert sorted(os.listdir(broken))==sorted(_checkpoint_files)
 
 def test_no_code_in_a_checkpoint_runs(broken, tmp_path):
     state = torch.load(broken/new, weights_only=True)
@@ -214,7 +214,7 @@ def test_a_second_signal_does_not_wait(args, hook, tmp_path):
     assert last_checkpoint(tmp_path/'run')['train_iter']==12
 
 @signals
-@pytest.mark.parametrize('where,begun', [('tokenize',False), ('save_run',True)])
+@pytest.mark.parametrize('where,begun', [('tokenize',False), ('_save_run',True)])
 def test_a_signal_outside_of_the_fit_ends_at_once(args, tmp_path, monkeypatch, sig, code, where, begun):
     monkeypatch.setattr(f'fastai_embdrop.run.train.{where}', lambda *_: signal.raise_signal(sig))
     with pytest.raises(SystemExit) as e: main(args)
@@ -236,7 +236,7 @@ def test_runs_outside_of_the_main_thread(whole, args, tmp_path):
 def test_the_lock(capsys, args, broken):
     (broken/'lock').write_text('12345, which is dead')
     with run_lock(broken): assert f'process {os.getpid()} is writing there' in fails(capsys, *args, '--resume')
-    assert sorted(os.listdir(broken))==sorted(checkpoint_files)
+    assert sorted(os.listdir(broken))==sorted(_checkpoint_files)
 
 def command(args):
     code = 'import sys; from fastai_embdrop.run.train import main; sys.exit(main())'
@@ -266,7 +266,7 @@ def test_the_command_refuses_company_and_ends_at_a_checkpoint(capsys, args, tmp_
     assert fails(capsys, *args, '--resume')==f'embdrop-train: {out}: process {p.pid} is writing there\n'
     p.terminate()
     assert p.communicate()[1]=='' and p.returncode==143
-    assert {*checkpoint_files} <= {*os.listdir(out)} <= {*checkpoint_files, 'history.csv'}
+    assert {*_checkpoint_files} <= {*os.listdir(out)} <= {*_checkpoint_files, 'history.csv'}
     assert last_checkpoint(out)['train_iter']>4
 
 def test_killed_at_any_time(start, tmp_path, capsys):

@@ -3,7 +3,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
 from fastcore.docments import docments
-from fastai_embdrop.run.settings import Settings, find_device, parse_args, read_ini, to_ini
+from fastai_embdrop.run.settings import Settings, find_device, _parse_args, read_ini, to_ini
 from fastai_embdrop.run.train import main
 from fastai_embdrop.schedules import shapes
 from running import fails, flags, text
@@ -15,8 +15,8 @@ shipped = Settings(max_words=120_000, embed_p=.1, embed_p_end=0)
 
 def test_shipped_settings_are_the_defaults_annealed_on_fewer_words():
     assert (root/'settings.ini').read_text()==to_ini(shipped)
-    assert parse_args([str(root/'settings.ini')])==(shipped, False, False, False)
-    assert parse_args([])==(Settings(), False, False, False)
+    assert _parse_args([str(root/'settings.ini')])==(shipped, False, False, False)
+    assert _parse_args([])==(Settings(), False, False, False)
 
 def test_by_default_embed_p_is_constant():
     assert Settings().ends==(.02,.02) and Settings(embed_p=.3).ends==(.3,.3) and shipped.ends==(.1,0)
@@ -29,14 +29,14 @@ def test_the_keys():
 
 def test_flag_over_file_over_default(tmp_path):
     (tmp_path/'s.ini').write_text('\ufeff[train]\nepochs = 2\nlr = 1e-3\ndata = 50%%/$x\n', encoding='utf-8')
-    s,show,overwrite,resume = parse_args(['--epochs', '7', str(tmp_path/'s.ini'), '--overwrite'])
+    s,show,overwrite,resume = _parse_args(['--epochs', '7', str(tmp_path/'s.ini'), '--overwrite'])
     assert (s.epochs, s.lr, s.bs, s.data)==(7, 1e-3, Settings().bs, '50%%/$x')
     assert (show,overwrite,resume)==(False,True,False)
 
 def test_show_prints_the_settings_in_force(tmp_path, capsys):
     assert main(['--epochs', '9', '--show', '--out', str(tmp_path/'run')]) is None
     (tmp_path/'s.ini').write_text(capsys.readouterr().out)
-    assert parse_args([str(tmp_path/'s.ini')])[0]==Settings(epochs=9, out=tmp_path/'run')
+    assert _parse_args([str(tmp_path/'s.ini')])[0]==Settings(epochs=9, out=tmp_path/'run')
     assert not (tmp_path/'run').exists()
 
 def test_help_documents_each_setting(capsys):
@@ -46,7 +46,7 @@ def test_help_documents_each_setting(capsys):
     for k,v in vars(Settings()).items(): assert docs[k] and f'--{k} ' in text and f'{docs[k]} (default: {v})' in text
 
 def test_every_shape_of_the_library_has_a_flag():
-    for name in shapes: assert parse_args(['--sched', name, '--embed_p', '.5', '--embed_p_end', '.1'])[0].sched==name
+    for name in shapes: assert _parse_args(['--sched', name, '--embed_p', '.5', '--embed_p_end', '.1'])[0].sched==name
 
 # What is refused
 

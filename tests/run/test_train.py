@@ -2,7 +2,7 @@
 import json, os
 import numpy as np, pandas as pd, pytest
 from fastai.text.all import SchedCos, SchedExp, SchedLin, SchedNo, SchedPoly
-from fastai_embdrop.run.folder import run_files
+from fastai_embdrop.run.folder import _run_files
 from fastai_embdrop.run.settings import Settings
 from fastai_embdrop.run.train import main, train_lm
 from conftest import random_tokens
@@ -41,7 +41,7 @@ def test_a_run_is_not_overwritten_unasked(capsys, tmp_path, text):
     assert 'a batch needs' in fails(capsys, *args, '--overwrite', '--bs', 1000)
     assert (tmp_path/'vocab.json').read_text()=='old', 'bad input costs no run'
     assert main([*args, '--overwrite']) is None
-    assert sorted(os.listdir(tmp_path))==sorted([*run_files, 'mine.txt']) and (tmp_path/'mine.txt').read_text()=='old'
+    assert sorted(os.listdir(tmp_path))==sorted([*_run_files, 'mine.txt']) and (tmp_path/'mine.txt').read_text()=='old'
     assert 'xxunk' in json.loads((tmp_path/'vocab.json').read_text())
 
 def test_error_of_a_callback_is_unwrapped(capsys, tmp_path, text, monkeypatch):
@@ -110,14 +110,14 @@ def test_summary(tmp_path, text, capsys):
     out,err = capsys.readouterr()
     res = json.loads((tmp_path/'run'/'config.json').read_text())['results']
     assert f"perplexity {res['perplexity']:.4g}" in out and not err
-    assert all(str(tmp_path/'run'/f) in out for f in run_files)
+    assert all(str(tmp_path/'run'/f) in out for f in _run_files)
 
 def test_command_prints_a_line_per_epoch_and_no_bar_to_a_file(tmp_path, text):
     p = command(*flags(data=text, out=tmp_path/'run', tok='spacy'))
-    assert (p.returncode, p.stderr)==(0,'') and sorted(os.listdir(tmp_path/'run'))==sorted(run_files)
+    assert (p.returncode, p.stderr)==(0,'') and sorted(os.listdir(tmp_path/'run'))==sorted(_run_files)
     assert p.stdout.isascii() and '\r' not in p.stdout
     lines = p.stdout.splitlines()
-    assert [l.split(',')[0] for l in lines[1:3]]==['epoch 0','epoch 1'] and len(lines)==4+len(run_files)
+    assert [l.split(',')[0] for l in lines[1:3]]==['epoch 0','epoch 1'] and len(lines)==4+len(_run_files)
     assert all(f', {k} ' in l for l in lines[1:3] for k in ('train_loss','valid_loss','perplexity','embed_p','time'))
 
 def test_command_fails_in_one_line(tmp_path):
