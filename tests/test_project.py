@@ -143,7 +143,7 @@ def test_page_style(page):
     assert len(cells(page)) < 60
     assert re.match(r'# .+\n+> .+', source(cells(page, 'markdown')[0]))
     assert not [o for o in outputs(page) if o['output_type']=='error']
-    assert not [o for o in outputs(page) if o.get('name')=='stderr'], 'no warnings, whose paths are those of a machine'
+    assert not [o for o in outputs(page) if o.get('name')=='stderr'], 'no warnings: they show paths of this machine'
     assert outputs(page), 'outputs are saved'
     code = cells(page, 'code')
     figures = [c for c in code if any('image/png' in o.get('data', {}) for o in c['outputs'])]
@@ -220,22 +220,38 @@ package = root/'fastai_embdrop'
 made = {p.relative_to(package).with_suffix('').as_posix().replace('/', '.'):p for p in package.rglob('*.py')}
 floors = [o for o in core+above if o in made]
 
-def imported(module):
-    "The modules of ours that `module` imports anywhere in its code"
+def imported(code, module):
+    "The modules of ours that `code`, the code of `module`, imports anywhere"
     parent = ['fastai_embdrop', *module.split('.')[:-1]]
     found = []
-    for node in ast.walk(ast.parse(made[module].read_text())):
+    for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import): found += [o.name for o in node.names]
         if isinstance(node, ast.ImportFrom):
             base = parent[:len(parent)-node.level+1] if node.level else []
-            found.append('.'.join(filter(None, [*base, node.module])))
-    return {o.removeprefix('fastai_embdrop.') for o in found if o.startswith('fastai_embdrop.')}
+            origin = '.'.join(filter(None, [*base, node.module]))
+            found += [origin, *(f'{origin}.{o.name}' for o in node.names)] # a name may be a module
+    return {o.removeprefix('fastai_embdrop.') for o in found} & set(made)
+
+upward = [('dropout', 'from . import awdlstm'), ('dropout', 'from fastai_embdrop import awdlstm'),
+          ('dropout', 'from .awdlstm import *'), ('dropout', 'import fastai_embdrop.awdlstm'),
+          ('run.files', 'from .. import awdlstm'), ('run.files', 'from ..awdlstm import AWD_LSTM')]
+
+@pytest.mark.parametrize('module,code', upward)
+def test_every_form_of_import_is_seen(module, code): assert imported(code, module)=={'awdlstm'}
 
 @pytest.mark.parametrize('module', floors)
-def test_nobody_imports_upward(module): assert imported(module) <= set(floors[:floors.index(module)])
+def test_nobody_imports_upward(module):
+    assert imported(made[module].read_text(), module) <= set(floors[:floors.index(module)])
 
 def test_every_module_has_its_floor():
     assert set(made) - {'__init__', 'run.__init__', '_modidx', '_docs', 'all'} == set(floors)
+
+# Mutants
+
+def test_listed_mutants_are_of_lines_that_exist():
+    listed = re.findall(r'^- (.+)$', (root/'tools/mutants.md').read_text(), re.M)
+    lines = {line.strip() for module in core for line in made[module].read_text().splitlines()}
+    assert listed and not [line for line in listed if line.strip() not in lines]
 
 # Names
 
