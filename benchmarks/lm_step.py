@@ -59,7 +59,8 @@ def step_rows(V, args):
             cmd = [sys.executable, '-W', 'ignore', '-m', 'benchmarks.lm_step', '--one', one, '--device', args.device]
             printed = subprocess.run(cmd, stdout=subprocess.PIPE, text=True, check=True).stdout
             res[k].append(json.loads(printed.splitlines()[-1]))
-    s,system,mb = ({k:median(o[i] for o in v) for k,v in res.items()} for i in range(3))
+    def medians(i): return {k:median(o[i] for o in v) for k,v in res.items()}
+    s,system,mb = medians(0),medians(1),medians(2)
     slowest = {k:max(o[0] for o in v) for k,v in res.items()}
     return [dict(V=V, tokens=args.bs*args.seq_len, learner=k,
                  step_s=f'{s[k]:.3f}', time_over_fastai=f"{s[k]/s['fastai']:.2f}",
@@ -132,7 +133,8 @@ def main():
         return one_process(kind, *map(int, sizes), args.device)
     sizes = [int(o) for o in args.sizes.split(',')]
     for what,f in dict(loss=loss_rows, step=step_rows, profile=profile_rows).items():
-        rows = [r for V in sizes for r in f(V, args)] if args.only in ('', what) else []
+        if args.only not in ('', what): continue
+        rows = [r for V in sizes for r in f(V, args)]
         if rows: report(f'lm_{what}', rows, args.device)
 
 if __name__=='__main__': main()

@@ -60,14 +60,21 @@ def peak_mb(step, device):
     step()
     return memory.peak()-base
 
+def runs_of(size, runs):
+    "How many runs are timed: many of a sparse step, few of a large table"
+    if size.sparse: return 20*runs
+    if size.V*size.D < 1e8: return runs
+    return max(5, runs//3)
+
 def measure(spec, args):
     "In this process: the milliseconds of each kind, or the megabytes of one"
     what,*numbers = spec.split(',')
     size = Size(*map(int, numbers))
     steps(Size(9, 2, 2, 2, size.sparse), args.device)['plain']() # what the first backward of a process takes
     fs = steps(size, args.device)
-    runs = args.runs*20 if size.sparse else args.runs if size.V*size.D<1e8 else max(5, args.runs//3)
-    print(json.dumps(interleave(fs, runs, args.device) if what=='ms' else peak_mb(fs[what], args.device)))
+    if what=='ms': res = interleave(fs, runs_of(size, args.runs), args.device)
+    else: res = peak_mb(fs[what], args.device)
+    print(json.dumps(res))
 
 def asked(what, size, args):
     "What a process of its own measures"
@@ -82,19 +89,25 @@ def settings_of(size, args):
     return dict(V=size.V, D=size.D, tokens=size.bs*size.seq_len, sparse=bool(size.sparse),
                 allocator=kept if size.kept else allocator(args.device))
 
+def columns(values, unit, places):
+    "A column for each kind: empty for one that was not measured"
+    return {f'{k}_{unit}':f'{values[k]:.{places}f}' if k in values else '' for k in names}
+
 def op_row(size, args):
     "Medians over the rounds, each a process: ratios of what was measured in turn, and milliseconds"
     rounds = [asked('ms', size, args) for _ in range(args.rounds)]
-    def ratio(a, b): return f'{median(r[a]/r[b] for r in rounds):.2f}' if a in rounds[0] else ''
+    def ratio(a, b):
+        if a not in rounds[0]: return ''
+        return f'{median(r[a]/r[b] for r in rounds):.2f}'
     ms = {k:median(r[k] for r in rounds) for k in rounds[0]}
     ratios = dict(over_plain=ratio('ours', 'plain'), fastai_over_plain=ratio('fastai', 'plain'))
-    return {**settings_of(size, args), **ratios,
-            **{f'{k}_ms':f'{ms[k]:.3f}' if k in ms else '' for k in names}}
+    return {**settings_of(size, args), **ratios, **columns(ms, 'ms', 3)}
 
 def memory_row(size, args):
     "Megabytes of one step of each kind, above what was held before it"
-    mb = {k:asked(k, size, args) for k in names if not (size.sparse and k=='fastai')}
-    return {**settings_of(size, args), **{f'{k}_mb':f'{mb[k]:.1f}' if k in mb else '' for k in names}}
+    measured = [k for k in names if not (size.sparse and k=='fastai')]
+    mb = {k:asked(k, size, args) for k in measured}
+    return {**settings_of(size, args), **columns(mb, 'mb', 1)}
 
 def rows_of(f, args):
     res = []
@@ -112,8 +125,10 @@ def profile_row(size, args):
     mask,seed = drop._row_mask(words, emb.weight),drop._draw_seed()
     modules = dict(plain=emb, masked=lambda words: emb(words).mul_(mask), ours=drop)
     parts = dict(mask=lambda: drop._row_mask(words, emb.weight), hash=lambda: splitmix64(words, seed))
-    ms = interleave({**{k:stepper(m, emb, words) for k,m in modules.items()}, **parts}, 20*args.runs, args.device)
-    return dict(V=size.V, D=size.D, tokens=words.numel(), **{f'{k}_ms':f'{v:.3f}' for k,v in ms.items()})
+    whole = {k:stepper(m, emb, words) for k,m in modules.items()}
+    ms = interleave({**whole, **parts}, 20*args.runs, args.device)
+    shown = {f'{k}_ms':f'{v:.3f}' for k,v in ms.items()}
+    return dict(V=size.V, D=size.D, tokens=words.numel(), **shown)
 
 def main():
     args = arguments(__doc__, runs=15, rounds=3, only='', measure='')

@@ -129,17 +129,19 @@ def cell_of(key): return key.rsplit('/', 2)[0]
 def keys_of(cell, names, seeds): return [f'{cell}/{a}/{s}' for s in seeds for a in names]
 
 def chosen_rate(cell, stored):
-    "The rate with the lowest control loss after the last epoch at p = 0; None while a row lacks"
+    "The rate with the lowest control loss after the last epoch at p = 0; None while a row is missing"
     if cells[cell].lr: return cells[cell].lr
     rows = [stored.get(k) for k in keys_of(cell, rates, [0])]
     if not all(rows): return None
-    return rates[min(rows, key=lambda r: float(r['control_loss'].split(';')[-1]))['arm']]
+    def last_loss(row): return float(row['control_loss'].split(';')[-1])
+    return rates[min(rows, key=last_loss)['arm']]
 
 def best_constants(cell, stored):
-    "The two constants with the best mean outcome over three seeds; None while a row lacks"
+    "The two constants with the best mean outcome over three seeds; None while a row is missing"
     rows = {a:[stored.get(k) for k in keys_of(cell, [a], range(3))] for a in constants}
     if not all(map(all, rows.values())): return None
-    return sorted(rows, key=lambda a: sum(float(r['outcome']) for r in rows[a]))[:2]
+    def total(arm): return sum(float(r['outcome']) for r in rows[arm])
+    return sorted(rows, key=total)[:2]
 
 def stages(stored, names=tuple(cells)):
     """Lists of keys in the order of the runs, up to the first that depends on rows to come
@@ -185,8 +187,9 @@ def ratings(folder):
 def cut(texts, n):
     "The first `n` words of `texts`, and what is left of them"
     head = first_words(texts, n)
-    left = texts[len(head)-1][len(head[-1]):]
-    return head,[left]*bool(left.strip()) + texts[len(head):]
+    last,rest = texts[len(head)-1],texts[len(head):]
+    left = last[len(head[-1]):]
+    return head,[left, *rest] if left.strip() else rest
 
 def fingerprint(parts): return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -219,8 +222,8 @@ def clas_tokens(data):
     "Tokens and labels of the judge's, control and training reviews, and tokens of the reviews for the language model"
     ends = list(accumulate(clas_sizes.values(), initial=0))
     rs = reviews(data.wheels)
-    # a word is a token at least
-    toks = tokenize([first_words([t], first_tokens)[0] for t,_ in rs[:ends[-1]]], n_workers=0)
+    starts = [first_words([t], first_tokens)[0] for t,_ in rs[:ends[-1]]] # a word is a token at least
+    toks = tokenize(starts, n_workers=0)
     items = [(t[:first_tokens], label) for t,(_,label) in zip(toks, rs)]
     other = first_words([t for t,_ in rs[ends[-1]:]], lm_words+held_out)
     return {k:items[a:b] for k,a,b in zip(clas_sizes, ends, ends[1:])},tokenize(other, n_workers=0)
@@ -345,12 +348,18 @@ class Rates(dict):
     def __hash__(self): return 0
     def __eq__(self, other): return True
 
+def first_to_do(stored, data, only):
+    "The keys without a row of the first stage that has any; none when the grid is whole"
+    for stage in stages(stored, usable(stored, data)):
+        todo = [k for k in matching(stage, only) if k not in stored]
+        if todo: return todo
+    return []
+
 def run_all(path, data, only=('*',), workers=1):
     "Run stage after stage; each may depend on the rows of those before"
     while True:
         stored = grid.stored_rows(path)
-        todo = [[k for k in matching(s, only) if k not in stored] for s in stages(stored, usable(stored, data))]
-        todo = next((s for s in todo if s), None)
+        todo = first_to_do(stored, data, only)
         if not todo: return
         grid.run_keys(todo, path, workers, with_rates(data, stored))
 
@@ -361,7 +370,9 @@ def main(argv=None):
     args = p.parse_args(argv)
     data,stored = Data(args.wikitext, args.data),grid.stored_rows(args.out)
     if args.once: return 0 if grid.once(args.once, args.out, with_rates(data, stored)) else 1
-    if args.list: print_list(matching([k for s in stages(stored, usable(stored, data)) for k in s], args.only), stored)
+    if args.list:
+        keys = [k for stage in stages(stored, usable(stored, data)) for k in stage]
+        print_list(matching(keys, args.only), stored)
     else: run_all(args.out, data, args.only, args.workers)
 
 if __name__=='__main__': raise SystemExit(main())

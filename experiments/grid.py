@@ -26,7 +26,10 @@ def open_rows(path):
 def follow_parent():
     "End this process with the one that started it, however that ended"
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+    def follow():
+        parent_process().join()
+        os._exit(1)
+    threading.Thread(target=follow, daemon=True).start()
 
 @dataclass
 class Grid:
@@ -57,11 +60,13 @@ class Grid:
         "Rows of `keys` as they finish, from `workers` processes of one thread each"
         os.environ['OMP_NUM_THREADS'] = '1'
         with ProcessPoolExecutor(workers, get_context('spawn'), follow_parent) as ex:
-            try: yield from (f.result() for f in as_completed([ex.submit(self.run, k, data) for k in keys]))
+            try:
+                futures = [ex.submit(self.run, k, data) for k in keys]
+                for f in as_completed(futures): yield f.result()
             finally: ex.shutdown(cancel_futures=True)
 
     def run_keys(self, keys, path, workers=2, data=None):
-        "Run those of `keys` that have no row at `path`, and add theirs"
+        "Run the `keys` that have no row at `path`, and add their rows"
         with open_rows(path) as f:
             stored,t = self.stored_rows(path),time.time()
             todo = [k for k in keys if k not in stored]

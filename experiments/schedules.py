@@ -87,14 +87,19 @@ def controls(name):
     return tuple(const(round(p, 3)) for p in (mean_p(moving[name]), moving[name](1.)))
 
 constants = 'none','const-0.02','const-0.1','const-0.2','const-0.4'
-names = tuple(dict.fromkeys([*constants, *(c for m in moving for c in controls(m)), *moving]))
+all_controls = [c for m in moving for c in controls(m)]
+names = tuple(dict.fromkeys([*constants, *all_controls, *moving]))
 def p_of(name): return 0. if name=='none' else float(name.removeprefix('const-'))
 edge = 'const-0.5','const-0.6' # beyond the grid: see `experiments.edge`
 scheds = {n:moving.get(n) or SchedNo(p_of(n), p_of(n)) for n in (*names, *edge)}
 
 # The grid
 
-def with_controls(*ms): return [n for n in names if n in constants or n in ms or any(n in controls(m) for m in ms)]
+def with_controls(*ms):
+    "The constants, the schedules `ms` and their controls, in the order of `names`"
+    their_controls = [c for m in ms for c in controls(m)]
+    return [n for n in names if n in (*constants, *ms, *their_controls)]
+
 full = 'docstrings/few','wikitext/only'
 parts = dict(
     few=with_controls('fall', 'early', 'rise'),
@@ -107,7 +112,10 @@ def grid(wikitext=True):
     "Keys `corpus/regime/schedule/seed` in the order of the runs: cut anywhere, what is finished is nearly paired"
     others = [f'{c}/{r}' for r in regimes for c in ('docstrings','wikitext') if f'{c}/{r}' not in full]
     stages = [(range(3), full), (range(3), others), (range(3,5), full)]
-    keys = [f'{c}/{n}/{s}' for seeds,cells in stages for s in seeds for c in cells for n in names_in(c)]
+    keys = []
+    for seeds,cells in stages:
+        for s in seeds:
+            for c in cells: keys += [f'{c}/{n}/{s}' for n in names_in(c)]
     return [k for k in keys if wikitext or not k.startswith('wikitext/')]
 
 # A run

@@ -31,10 +31,13 @@ def changed(old, new):
     return next((a.strip(), b.strip()) for a,b in zip(old.splitlines(), new.splitlines()) if a!=b)
 
 def mutants(src):
-    "From (old line, new line) to the whole mutated source; what does not compile or compiles to the same is none"
+    """From (old line, new line) to the whole mutated source
+
+    Mutants that do not compile, or compile to the same code, are left out."""
     res,tree,same = {},get_ast(src),ast.dump(ast.parse(src))
     for op in operators():
-        for i in range(sum(len(list(op.mutation_positions(n))) for n in ast_nodes(tree))):
+        positions = [o for node in ast_nodes(tree) for o in op.mutation_positions(node)]
+        for i in range(len(positions)):
             new = mutate_code(src, op, i)
             try:
                 if ast.dump(ast.parse(new))!=same: res[changed(src, new)] = new

@@ -4,6 +4,7 @@
 """
 import json, re
 from pathlib import Path
+from textwrap import fill
 import yaml
 from nbdev.config import get_config
 
@@ -48,15 +49,19 @@ def llms():
         parts.append('\n'.join([f'## {name}', '', *lines]))
     return '\n\n'.join(parts) + '\n'
 
+def wrapped(item):
+    "An item of a list in lines of 120 characters at most"
+    return fill(' '.join(item.split()), 120, subsequent_indent='  ', break_long_words=False, break_on_hyphens=False)
+
 def reorder(init):
-    "The package's `__init__.py`, its line of each module in the sidebar's order"
+    "The package's `__init__.py` with its modules in the sidebar's order"
     modules = [module(p) for _,pages in sections() for p in pages]
     place = {f'- `fastai_embdrop.{m}`':i for i,m in enumerate(modules)}
     start = init.index('- `fastai_embdrop.')
     end = init.index('"""', start)
-    lines = init[start:end].splitlines()
-    lines.sort(key=lambda o: place[o.split(':')[0]])
-    return init[:start] + '\n'.join(lines) + init[end:]
+    items = re.split(r'\n(?=- )', init[start:end])
+    items.sort(key=lambda o: place[o.split(':')[0]])
+    return init[:start] + '\n'.join(map(wrapped, items)) + init[end:]
 
 if __name__=='__main__':
     init = Path(config.lib_path)/'__init__.py'
