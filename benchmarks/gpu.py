@@ -29,7 +29,7 @@ def missing(need, device):
 
 def run_check(check, setting):
     "The row of one check"
-    reasons = [r for r in (missing(o, setting.device) for o in check.needs) if r]
+    reasons = list(filter(None, [missing(o, setting.device) for o in check.needs]))
     row = dict(part=check.part, name=check.name, group=check.group)
     if reasons: return dict(row, result='skipped', why=reasons[0], seconds=0.)
     began = time.perf_counter()
@@ -42,7 +42,8 @@ def read_rows(path, now):
     "The rows of an earlier call that count for this one: ok, of the same commit, versions and hardware"
     if not path.exists(): return {}
     kept = [r for r in json.loads(path.read_text())['rows'] if r['result']=='ok']
-    return {r['name']:r for r in kept if all(r[k]==now[k] for k in ('commit','hardware','versions'))}
+    def same(row): return all(row[k]==now[k] for k in ('commit','hardware','versions'))
+    return {r['name']:r for r in kept if same(r)}
 
 def write_rows(path, now, rows):
     "All rows in the order of the checks; the file is whole at any time"

@@ -574,7 +574,8 @@ def benchmark(s, cmd):
     where,res = provenance(str(s.device)),{}
     for path in [Path(l) for l in out.splitlines() if l.endswith('.csv')]:
         rows = csv.DictReader(path.read_text().splitlines())
-        res[path.stem] = [{k:v for k,v in r.items() if k not in where} for r in rows]
+        def measured(row): return {k:v for k,v in row.items() if k not in where}
+        res[path.stem] = [measured(r) for r in rows]
     return res
 
 # M. The tests

@@ -138,7 +138,8 @@ def chosen_rate(cell, stored):
 
 def best_constants(cell, stored):
     "The two constants with the best mean outcome over three seeds; None while a row is missing"
-    rows = {a:[stored.get(k) for k in keys_of(cell, [a], range(3))] for a in constants}
+    def rows_of(arm): return [stored.get(k) for k in keys_of(cell, [arm], range(3))]
+    rows = {arm:rows_of(arm) for arm in constants}
     if not all(map(all, rows.values())): return None
     def total(arm): return sum(float(r['outcome']) for r in rows[arm])
     return sorted(rows, key=total)[:2]

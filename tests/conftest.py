@@ -52,7 +52,8 @@ def graphs(): return torch._dynamo.utils.counters['stats']['unique_graphs']
 
 @pytest.fixture
 def dynamo():
-    torch._dynamo.reset(); torch._dynamo.utils.counters.clear()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
 

@@ -137,7 +137,8 @@ def test_what_a_forward_pass_changes_is_put_back():
     count,learn = Count(),Learner(DataLoaders(DataLoader(xs, bs=4), DataLoader(xs, bs=4)), State(), nn.MSELoss())
     learn.add_cb(count)
     batches = list(learn.dls.valid)
-    learn.model.train(), learn.model.frozen.eval()
+    learn.model.train()
+    learn.model.frozen.eval()
     def state():
         m = learn.model
         attrs = [m.hidden, m.seen, hasattr(m, 'new'), count.n, sorted(vars(learn)), [o.training for o in m.modules()]]
@@ -301,7 +302,7 @@ def test_items_held_out(make):
     train,control = _hold_out(dl, .25)
     n = len(dl.dataset)
     assert (len(train.dataset), len(control.dataset))==(n-round(n/4), round(n/4)) and train.shuffle and train.bs==dl.bs
-    def rows(dl): return sorted(str(o.tolist()) for b in dl.new(shuffle=False, drop_last=False, bs=1) for o in [b[0]])
+    def rows(dl): return sorted(str(b[0].tolist()) for b in dl.new(shuffle=False, drop_last=False, bs=1))
     assert sorted(rows(train)+rows(control))==rows(dl)
 
 def test_training_never_sees_what_is_held_out():
@@ -329,16 +330,19 @@ def test_lr_find_and_validate(tmp_path):
     learn,cb = awd_lstm_learner(small_dls(), {**SMALL, 'embed_p':.2}, path=tmp_path),AdaptEmbedP(rule=zero)
     learn.add_cb(cb)
     learn.lr_find(num_it=50, show_plot=False)
-    learn.validate(), learn.get_preds(reorder=False)
+    learn.validate()
+    learn.get_preds(reorder=False)
     assert not cb.history and learn.model[0].encoder_dp.embed_p==.2
     learn.fit(1)
     before = list(cb.history)
-    learn.validate(), learn.get_preds(reorder=False)
+    learn.validate()
+    learn.get_preds(reorder=False)
     assert len(before)==20 and cb.history==before
 
 def test_each_fit_begins_anew():
     learn,cb = lm(),AdaptEmbedP(rule=lambda history: .3)
-    learn.fit(1, cbs=cb), learn.fit(1, cbs=cb)
+    learn.fit(1, cbs=cb)
+    learn.fit(1, cbs=cb)
     assert len(cb.history)==20 and learn.recorder.hps['embed_p'][0]==0
 
 def test_a_learner_with_it_can_be_exported(tmp_path):

@@ -453,7 +453,9 @@ def test_no_value_is_read_and_nothing_moved(learn, cb):
         run_valid,order = False,1000
         def before_fit(self): self.ops = []
         def before_batch(self):
-            with Ops() as o: cb('before_batch'), cb('after_batch')
+            with Ops() as o:
+                cb('before_batch')
+                cb('after_batch')
             self.ops += o.names
     count = Count()
     learn.fit(1, cbs=[cb, count])

@@ -37,7 +37,9 @@ def test_quantization_sees_the_weights_that_were_loaded():
 def shared(m): return m.module.weight_hh_l0.data_ptr()==m.weight_hh_l0_raw.data_ptr()
 
 def change_nothing(m): return m
-def assign(m): m.load_state_dict(copy.deepcopy(m.state_dict()), assign=True); return m
+def assign(m):
+    m.load_state_dict(copy.deepcopy(m.state_dict()), assign=True)
+    return m
 def pickled(m): return pickle.loads(pickle.dumps(m))
 def to_empty(m): return m.to('meta').to_empty(device='cpu')
 
@@ -91,7 +93,8 @@ def test_no_module_is_left_out_by_children():
     m.apply(seen.append)
     assert set(seen)==set(m.modules()) and len(seen)==len(set(seen))
     m.encoder_dp = nn.Identity()
-    seen.clear(); m.apply(seen.append)
+    seen.clear()
+    m.apply(seen.append)
     assert m.encoder in seen
 
 def test_a_warning_of_others_comes_once():

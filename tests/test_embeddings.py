@@ -39,20 +39,22 @@ def facts(m):
     tied,types = m.out.weight is m.embs[0].weight,[type(o) for o in m.embs]
     return list(m.state_dict()),[id(p) for p in m.parameters()],list(m.named_buffers()),tied,types,options
 
-def attributes(m):
-    "The attributes of each embedding, in their order, with copies of those that hold hooks and children"
-    return [[(k, dict(v) if isinstance(v, dict) else v) for k,v in vars(o).items()] for o in m.embs]
+def attributes(emb):
+    "The attributes of an embedding, in their order, with copies of the dicts that hold hooks and children"
+    return [(k, dict(v) if isinstance(v, dict) else v) for k,v in vars(emb).items()]
+
+def all_attributes(m): return [attributes(o) for o in m.embs]
 
 @given(nets, st.floats(0, 1), st.sampled_from(['batch','sequence','token']))
 def test_nothing_but_hooks_and_a_child_is_added(m, p, per):
-    before,attrs = facts(m),attributes(m)
+    before,attrs = facts(m),all_attributes(m)
     changed = add_embedding_dropout(m, p, per)
     assert [*changed.values()]==[o.row_dropout for o in m.embs]
     assert all(o.embed_p==p and o.per==per for o in changed.values())
     assert facts(m)==before
     m(torch.randint(0, 30, (2,5))).sum().backward()
     assert sorted(remove_embedding_dropout(m))==sorted(changed)
-    assert facts(m)==before and attributes(m)==attrs
+    assert facts(m)==before and all_attributes(m)==attrs
 
 @given(nets, st.floats(0, 1))
 def test_state_dicts_load_both_ways(m, p):
@@ -74,8 +76,8 @@ def test_copies_and_pickles_drop(m, p):
         assert not first(torch.zeros(2, dtype=torch.long)).any()
         remove_embedding_dropout(m2)
         assert torch.equal(first(torch.zeros(2, dtype=torch.long)), first.weight[[0,0]])
-        plain = vars(nn.Embedding(1, 4))
-        assert all(vars(o)[k]==v for o in m2.embs for k,v in plain.items() if 'hooks' in k or k=='_modules')
+        plain = {k:v for k,v in vars(nn.Embedding(1, 4)).items() if 'hooks' in k or k=='_modules'}
+        for o in m2.embs: assert {k:vars(o)[k] for k in plain}==plain
 
 def net(): return Net([(20, False, {}), (10, True, {})], False)
 words = torch.arange(20).repeat(3,1)
@@ -265,7 +267,8 @@ def trains(learn, tmp_path, epochs=6):
     learn.path = tmp_path
     learn.export('m.pkl')
     other = load_learner(tmp_path/'m.pkl')
-    ours,theirs = [[m for m in l.model.modules() if hasattr(m, 'row_dropout')] for l in (learn,other)]
+    def changed(learn): return [m for m in learn.model.modules() if hasattr(m, 'row_dropout')]
+    ours,theirs = changed(learn),changed(other)
     assert len(ours)==len(theirs)>0
     for a,b in zip(ours, theirs):
         assert torch.equal(a.weight, b.weight) and a.row_dropout.embed_p==b.row_dropout.embed_p

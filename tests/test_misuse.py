@@ -75,7 +75,7 @@ def test_a_wrong_callback_is_named_as_the_fit_begins(what, dls):
     with pytest.raises((ValueError, AttributeError), match=re.escape(message)): learn.fit(1, cbs=cbs)
     assert torch.equal(before, learn.model[0].encoder.weight), 'nothing is trained'
 
-# Where training goes on, but not as one may think
+# Training continues, but not as expected
 
 def with_adapter(learn):
     "A decoder that is not fastai's plain `nn.Linear`"

@@ -200,7 +200,8 @@ def test_a_corpus_keeps_every_word_or_names_what_is_wrong(tmp, files, n, kind, s
     data = dict(txt=path/'b.txt', csv=path/'a.csv', folder=path)[kind]
     with or_error(ValueError, FileNotFoundError, names=path):
         corpus = read_corpus(data, n)
-        words = [sum(len(t.split()) for t in o) for o in corpus]
+        def n_words(texts): return sum(len(t.split()) for t in texts)
+        words = [n_words(texts) for texts in corpus]
         assert all(words[:2]) and len(fingerprint(corpus))==64
         if n: assert words[0]<=n and max(words[1:])<=-(-n//10)
         elif kind=='txt': assert ''.join(corpus.train+corpus.valid)==decode(b''.join(files))

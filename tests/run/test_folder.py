@@ -50,7 +50,8 @@ def test_config(run, text):
     versions = cfg['versions']
     assert versions['torch']==torch.__version__ and versions['python']==platform.python_version()
     assert versions['fastai_embdrop']==__version__ and {'fastai','fastcore'} < set(versions)
-    assert cfg['tokens']=={k: sum(len(t.split()) for t in v) for k,v in corpus._asdict().items()}
+    def n_words(texts): return sum(len(t.split()) for t in texts)
+    assert cfg['tokens']=={part:n_words(texts) for part,texts in corpus._asdict().items()}
     assert cfg['vocab_sz']==len(learn.dls.vocab)
     assert cfg['params']==sum(p.numel() for p in learn.model.parameters())
 
@@ -129,8 +130,8 @@ def test_the_same_as_fastais_way(run, reviews, tmp_path):
     theirs.load_encoder('enc')
     a,b = (o.model[0].state_dict() for o in (ours,theirs))
     assert list(a)==list(b) and all(torch.equal(a[k], b[k]) for k in a)
-    a,b = ([p.requires_grad for p in o.model.parameters()] for o in (ours,theirs))
-    assert a==b and False in a and True in a
+    def trainable(learn): return [p.requires_grad for p in learn.model.parameters()]
+    assert trainable(ours)==trainable(theirs) and {*trainable(ours)}=={True, False}
 
 def test_a_classifier_of_other_words_is_refused(run, reviews):
     lm = load_run(run[0], 'cpu')

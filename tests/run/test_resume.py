@@ -103,9 +103,10 @@ def test_broken_while_the_files_are_written(whole, args, tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize('n', [1,2,3])
 def test_broken_between_renames(whole, args, tmp_path, monkeypatch, n):
-    left,real = iter(range(n-1)),os.replace
+    real,calls = os.replace,[]
     def replace(a, b):
-        if next(left, None) is None: raise RuntimeError('broken')
+        calls.append(b)
+        if len(calls)>=n: raise RuntimeError('broken')
         real(a, b)
     with monkeypatch.context() as m:
         m.setattr(os, 'replace', replace)
@@ -115,7 +116,8 @@ def test_broken_between_renames(whole, args, tmp_path, monkeypatch, n):
     same_run(whole, tmp_path/'run')
 
 def test_a_finished_run_is_left_alone(capsys, whole, text, tmp_path):
-    shutil.copytree(whole, out := tmp_path/'run')
+    out = tmp_path/'run'
+    shutil.copytree(whole, out)
     (out/'lock').write_text('12345')
     def stamps(): return {f:(out/f).stat().st_mtime_ns for f in _run_files}
     before,args = stamps(),[*flags(data=text, out=out), '--resume']
@@ -209,7 +211,10 @@ def test_a_signal_ends_the_run_at_a_checkpoint(whole, args, hook, tmp_path, sig,
     same_run(whole, tmp_path/'run')
 
 def test_a_second_signal_does_not_wait(args, hook, tmp_path):
-    hook(at_batch(15, lambda: (signal.raise_signal(signal.SIGINT), signal.raise_signal(signal.SIGTERM))))
+    def raise_both():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+    hook(at_batch(15, raise_both))
     with pytest.raises(SystemExit): main(args)
     assert last_checkpoint(tmp_path/'run')['train_iter']==12
 
