@@ -45,7 +45,8 @@ def find_dropouts(
 )->list: # The modules that `key` names
     "Modules of `model` with the attribute that `key` names; a `ValueError` if there is none"
     path,_,attr = key.rpartition('.')
-    res = [m for name,m in model.named_modules() if _has(m, attr) and (not path or fnmatchcase(name, path))]
+    pattern = path or '*' # a key without a path names modules anywhere
+    res = [m for name,m in model.named_modules() if _has(m, attr) and fnmatchcase(name, pattern)]
     if not res: raise ValueError(f'no module of {type(model).__name__} has {key!r} to anneal')
     return res
 
@@ -108,7 +109,7 @@ def _pct(self:DropoutScheduler):
 
 @patch
 def _count_epochs(self:DropoutScheduler, modules):
-    "Continue the count of epochs, or begin anew if no scheduler has had any of the `modules`"
+    "Continue the count of epochs, or start again at 0 if no scheduler has moved any of the `modules`"
     is_new = not any('_annealed' in vars(m) for m in modules)
     if is_new: self.spent,self.fit_start = 0.,0.
     for m in modules: vars(m).setdefault('_annealed', {})

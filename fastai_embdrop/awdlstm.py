@@ -12,6 +12,7 @@ __all__ = ['awd_lstm_lm_config', 'awd_lstm_clas_config', 'RNNDropout', 'WeightDr
 
 # %% ../nbs/05_awdlstm.ipynb #9cbf9181
 import re, warnings
+from collections.abc import Callable
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -38,7 +39,8 @@ class _WeightDropout(nn.Module):
     "Wrap an RNN and own its recurrent weights"
     def __init__(self, module, weight_p, layer_names):
         super().__init__()
-        self.module,self.weight_p,self.layer_names = module,weight_p,listify(layer_names)
+        self.module,self.weight_p = module,weight_p
+        self.layer_names = listify(layer_names)
         for n in self.layer_names:
             self.register_parameter(f'{n}_raw', getattr(module, n))
             delattr(module, n)
@@ -55,7 +57,8 @@ class _WeightDropout(nn.Module):
         for n in self.layer_names:
             self._show(n, getattr(self, f'{n}_raw'))
             i = rnn._flat_weights_names.index(n)
-            rnn._flat_weights[i] = rnn._flat_weight_refs[i] = None # `forward` fills it in
+            rnn._flat_weights[i] = None # `forward` fills it in
+            rnn._flat_weight_refs[i] = None
 
     def train(self, mode=True):
         super().train(mode)
@@ -93,7 +96,8 @@ class WeightDropout(_WeightDropout):
 
     def _run(self, x, hx):
         rnn = self.module
-        kept,rnn._flat_weights = rnn._flat_weights,[self._weight(n) for n in rnn._flat_weights_names]
+        kept = rnn._flat_weights
+        rnn._flat_weights = [self._weight(n) for n in rnn._flat_weights_names]
         try: return rnn(x, hx)
         finally: rnn._flat_weights = kept
 
@@ -123,7 +127,7 @@ def _mute_not_flat():
 
 # %% ../nbs/05_awdlstm.ipynb #3f32ab14
 class AWD_LSTM(fastai_awdlstm.AWD_LSTM):
-    "fastai's `AWD_LSTM` (Merity et al. 2017) with mended dropouts; `ValueError` for a probability outside [0, 1]"
+    "AWD-LSTM encoder (Merity et al. 2017) with fastai's API and mended dropouts; `ValueError` for a bad probability"
     def __init__(self,
         vocab_sz:int, # Size of the vocabulary
         emb_sz:int, # Size of an embedding
@@ -138,9 +142,11 @@ class AWD_LSTM(fastai_awdlstm.AWD_LSTM):
         per:str='batch', # What shares a mask: 'batch', 'sequence' or 'token', see `EmbeddingDropout`
         hold:bool=False # Keep one mask of words until `reset()`?
     ):
-        for n,p in dict(hidden_p=hidden_p, input_p=input_p, embed_p=embed_p, weight_p=weight_p).items(): _check_p(p, n)
+        probabilities = dict(hidden_p=hidden_p, input_p=input_p, embed_p=embed_p, weight_p=weight_p)
+        for n,p in probabilities.items(): _check_p(p, n)
         super().__init__(vocab_sz, emb_sz, n_hid, n_layers, pad_token, hidden_p, input_p, embed_p, weight_p, bidir)
-        self.encoder_dp,self.input_dp = EmbeddingDropout(self.encoder, embed_p, per, hold),RNNDropout(input_p)
+        self.encoder_dp = EmbeddingDropout(self.encoder, embed_p, per, hold)
+        self.input_dp = RNNDropout(input_p)
         self.hidden_dps = nn.ModuleList(RNNDropout(hidden_p) for _ in range(n_layers))
 
     def _one_rnn(self, n_in, n_out, bidir, weight_p, l):
@@ -205,7 +211,7 @@ def awd_lstm_learner(
     config:dict|None=None, # Entries that differ from `awd_lstm_lm_config`
     drop_mult:float=1., # Factor on every dropout probability of the configuration
     pretrained:bool=False, # Start from fastai's WikiText-103 weights? (downloads them)
-    loss_func=None, # A loss to use instead of fastai's; it gets the logits
+    loss_func:Callable|None=None, # A loss to use instead of fastai's; it gets the logits
     keep_logits:bool=False, # Compute the logits in training too? See `without_logits`
     alpha:float=2., # Factor of the penalty on activations
     beta:float=1., # Factor of the penalty on changes of activations between time steps

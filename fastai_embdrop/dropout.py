@@ -31,7 +31,7 @@ def _check_per(
     per:str, # Which positions share a mask: 'batch', 'sequence' or 'token'
     hold:bool=False # Keep one mask over several calls?
 )->str: # `per`
-    "`per`, or a `ValueError` if it is none of the three, or if with `hold` no positions share a mask"
+    "`per`, or a `ValueError` if it is unknown, or if `hold` is combined with 'token'"
     if per not in ('batch','sequence','token'): raise ValueError(f"per={per!r}: it is 'batch', 'sequence' or 'token'")
     if hold and per=='token': raise ValueError("hold=True needs words that share a mask: with per='token' none do")
     return per
@@ -184,7 +184,8 @@ def _check_ids(words, w):
     "Torch's error for a bad id, before `max_norm` has changed any row"
     F.embedding(words, w.detach()[:,:1])
 
-_global_hooks = nn_module._global_forward_hooks, nn_module._global_backward_hooks, nn_module._global_backward_pre_hooks
+_global_hooks = (nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks,
+                 nn_module._global_backward_hooks, nn_module._global_backward_pre_hooks)
 
 def _is_fresh(emb):
     "Does `emb` return a new tensor that nothing else refers to, so that it may be changed in place?"

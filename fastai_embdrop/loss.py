@@ -23,6 +23,7 @@ from fastai.callback.rnn import RNNCallback
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.text.models.core import LinearDecoder, SequentialRNN
+from .dropout import _global_hooks
 
 # %% ../nbs/04_loss.ipynb #8a013415
 _chunk = 512 # positions at a time
@@ -38,7 +39,8 @@ def linear_loss(
     targ:torch.Tensor # Ids of the right words, shape (batch, time); positions with -100 are ignored
 )->torch.Tensor: # The mean loss, a scalar
     "Mean cross-entropy of `decoder(x)`, computed 512 positions at a time"
-    x,targ = x.as_subclass(torch.Tensor).flatten(0, -2),targ.as_subclass(torch.Tensor).flatten() # not `TensorText`
+    x = x.as_subclass(torch.Tensor).flatten(0, -2) # not `TensorText`
+    targ = targ.as_subclass(torch.Tensor).flatten()
     w,b = decoder.weight,decoder.bias
     dtype = _autocast_dtype(x.device.type) or w.dtype
     if dtype in (torch.float16, torch.bfloat16): return _low_precision_loss(x, w, b, targ, dtype)
@@ -113,24 +115,49 @@ def _is_default(loss):
     plain_func = f.weight is None and f.ignore_index==-100 and f.reduction=='mean' and f.label_smoothing==0
     return plain_func and loss.axis==-1 and loss.flatten
 
-def _has_hooks(m):
-    "Does `m` have hooks, or a `forward` of its own that replaces its class's?"
-    return any((m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks, 'forward' in vars(m)))
-
+# %% ../nbs/04_loss.ipynb #5d1e0a02
 def _lazy_lm(model):
     "The `LazyLM` inside `model`, which another module may wrap; `None` if there is none"
     return next((m for m in model.modules() if isinstance(m, LazyLM)), None)
 
+def _layers(model):
+    "`model`, then what it calls if it is data-parallel or compiled, and so on"
+    is_parallel = type(model) in (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    is_compiled = '_orig_mod' in model._modules
+    return [model, *_layers(next(model.children()))] if is_parallel or is_compiled else [model]
+
+def _forward_of(lm):
+    "The function that `lm` calls, without what accelerate wraps around it for mixed precision"
+    f = getattr(lm.forward, '__func__', lm.forward)
+    while type(getattr(f, '__wrapped__', None)).__name__=='ConvertOutputsToFp32':
+        autocasts = f.__wrapped__.__wrapped__
+        f = autocasts.__wrapped__
+    return f
+
+# %% ../nbs/04_loss.ipynb #5d1e0a06
+def _sees_logits(m):
+    "Does `m` have hooks that see what it returns, or the gradient of that?"
+    return any((m._forward_hooks, m._backward_hooks, m._backward_pre_hooks))
+
+def _is_changed(m):
+    "Does `m` have hooks, or a `forward` of its own that replaces its class's?"
+    return _sees_logits(m) or bool(m._forward_pre_hooks) or 'forward' in vars(m)
+
 def _why_not(model, loss):
     "Why the logits of `model` must be kept, or `None`"
-    lm = _lazy_lm(model)
     if type(loss) is not LMLoss: return f'the loss is {getattr(loss, "__name__", type(loss).__name__)}'
     if not _is_default(loss):    return 'the loss has options'
-    if lm is None or type(lm[1]) is not LinearDecoder: return "the model does not end in fastai's LinearDecoder"
+    layers = _layers(model)
+    lm = layers[-1]
+    if not isinstance(lm, LazyLM) and _lazy_lm(lm): return f'the model is inside a {type(lm).__name__}'
+    if not isinstance(lm, LazyLM) or type(lm[1]) is not LinearDecoder:
+        return "the model does not end in fastai's LinearDecoder"
     last = lm[1].decoder
     if type(last) is not nn.Linear: return f'the last layer is a {type(last).__name__}, not nn.Linear'
-    hooked = _has_hooks(last) or _has_hooks(lm[1]) or lm._forward_hooks or model._forward_hooks
-    if hooked: return 'the decoder has hooks'
+    if _forward_of(lm) is not LazyLM.forward:   return 'the model has a forward of its own'
+    if any(_global_hooks):                      return 'all modules have hooks'
+    if _is_changed(last) or _is_changed(lm[1]): return 'the decoder has hooks'
+    if any(map(_sees_logits, layers)):          return 'the model has hooks'
     dtype = last.weight.dtype
     if dtype not in (torch.float32, torch.float16, torch.bfloat16): return f'the weights are {dtype}'
     if getattr(model, 'find_unused_parameters', False): return 'DistributedDataParallel has find_unused_parameters=True'

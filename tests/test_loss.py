@@ -1,17 +1,18 @@
 """Pins the training step without logits: fastai's loss and gradients, in half precision too; what keeps the logits, and
 the warning that says so; what stays as it was; torch without the function."""
-import copy, warnings
+import contextlib, copy, warnings
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import parametrizations, prune
 from fastai.text.all import (AWD_LSTM as FastaiAWD_LSTM, ActivationStats, Callback, CancelBatchException,
                              CancelFitException, CrossEntropyLossFlat, MixedPrecision, Perplexity, accuracy,
                              awd_lstm_lm_config, language_model_learner, load_learner, set_seed)
 from fastai_embdrop.anneal import AnnealEmbedP
 from fastai_embdrop.awdlstm import awd_lstm_learner
-from fastai_embdrop.loss import LazyLM, LazyLogits, LMLoss, NoLogits, linear_loss, without_logits
+from fastai_embdrop.loss import LazyLM, LazyLogits, LMLoss, NoLogits, _why_not, linear_loss, without_logits
 from conftest import SMALL, compiling, small_dls
 
 class OneStep(Callback):
@@ -224,23 +225,98 @@ def own_forward(head): head.decoder.forward = lambda x: 2*F.linear(x, head.decod
 CHANGES = {adapter:'Lora', subclass:'OtherLinear', parametrized:'ParametrizedLinear', hook:'hooks', pruned:'hooks',
            hook_on_the_head:'hooks', backward_hook:'hooks', own_forward:'hooks'}
 
-@pytest.mark.parametrize('change,match', CHANGES.items(), ids=lambda o: getattr(o, '__name__', None))
-def test_a_changed_decoder_is_called(dls, change, match):
-    "Loss and gradients are then those of a Learner that keeps its logits"
+def agrees_with_logits(dls, change, match):
+    "After `change(learn)`, a warning says `match`, and a batch is as with `keep_logits=True`"
     steps = []
     for keep in True,False:
         set_seed(3)
         learn,step = awd_lstm_learner(dls, SMALL, keep_logits=keep),OneStep()
-        change(learn.model[1])
         learn.splitter = lambda m: [list(m.parameters())]
+        undo = change(learn)
+        said = contextlib.nullcontext() if keep else pytest.warns(UserWarning, match=match)
         set_seed(4)
-        if keep: learn.fit(1, cbs=step)
-        else:
-            with pytest.warns(UserWarning, match=match): learn.fit(1, cbs=step)
+        try:
+            with said: learn.fit(1, cbs=step)
+        finally:
+            if undo: undo.remove()
         steps.append(step)
     a,b = steps
     assert b.loss_kept==pytest.approx(a.loss_kept, rel=1e-6)
     for k in a.grads: torch.testing.assert_close(b.grads[k], a.grads[k])
+
+@pytest.mark.parametrize('change,match', CHANGES.items(), ids=lambda o: getattr(o, '__name__', None))
+def test_a_changed_decoder_is_called(dls, change, match):
+    "Loss and gradients are then those of a Learner that keeps its logits"
+    agrees_with_logits(dls, lambda learn: change(learn.model[1]), match)
+
+def cooled(res):
+    "What a language model returns, with half the logits"
+    logits,*hidden = res
+    return logits/2,*hidden
+
+class Cooled(nn.Module):
+    def __init__(self, lm):
+        super().__init__()
+        self.lm = lm
+    def forward(self, x): return cooled(self.lm(x))
+    def reset(self): self.lm.reset()
+
+def halved(grads): return tuple(g/2 for g in grads)
+
+def wrapped(learn):
+    learn.create_opt()
+    learn.model = Cooled(learn.model)
+def forward_of_the_model(learn):
+    usual = learn.model.forward
+    learn.model.forward = lambda x: cooled(usual(x))
+def backward_pre_hook_on_the_model(learn): learn.model.register_full_backward_pre_hook(lambda m, grads: halved(grads))
+def backward_hook_on_the_model(learn): learn.model.register_full_backward_hook(lambda *_: None)
+def global_hook(learn):
+    def halve(m, inp, out): return out/2 if type(m) is nn.Linear else out
+    return register_module_forward_hook(halve)
+def global_pre_hook(learn):
+    def halve(m, inp): return halved(inp) if type(m) is nn.Linear else inp
+    return register_module_forward_pre_hook(halve)
+
+AROUND = {wrapped:'inside a Cooled', forward_of_the_model:'forward of its own', global_hook:'all modules',
+          global_pre_hook:'all modules', backward_pre_hook_on_the_model:'model has hooks',
+          backward_hook_on_the_model:'model has hooks'}
+
+@pytest.mark.filterwarnings('ignore:Full backward hook is firing') # as word ids have no gradient
+@pytest.mark.parametrize('change,match', AROUND.items(), ids=lambda o: getattr(o, '__name__', None))
+def test_what_is_around_the_decoder_gets_the_logits(dls, change, match): agrees_with_logits(dls, change, match)
+
+def test_parallel_and_compiled_models_leave_out_the_logits():
+    lm = without_logits(awd_lstm_learner(small_dls(), SMALL)).model
+    for model in lm,nn.DataParallel(lm),torch.compile(lm),nn.DataParallel(torch.compile(lm)):
+        assert _why_not(model, LMLoss()) is None
+    assert _why_not(nn.DataParallel(Cooled(lm)), LMLoss())=='the model is inside a Cooled'
+
+def test_hooks_of_a_data_parallel_model_keep_the_logits():
+    model = nn.DataParallel(without_logits(awd_lstm_learner(small_dls(), SMALL)).model)
+    model.register_full_backward_pre_hook(lambda *_: None)
+    assert _why_not(model, LMLoss())=='the model has hooks'
+
+def test_accelerates_mixed_precision_leaves_out_the_logits(dls):
+    "It replaces `forward`, once for each fit in `distrib_ctx`"
+    accelerate = pytest.importorskip('accelerate')
+    learn = awd_lstm_learner(dls, SMALL)
+    for _ in range(2):
+        accelerator = accelerate.Accelerator(mixed_precision='bf16', cpu=True)
+        accelerator.prepare_model(learn.model)
+        assert 'forward' in vars(learn.model) and _why_not(learn.model, LMLoss()) is None
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    step = OneStep()
+    learn.fit(1, cbs=step)
+    assert isinstance(step.pred_kept, LazyLogits)
+
+def test_accelerates_mixed_precision_hides_no_other_forward(dls):
+    accelerate = pytest.importorskip('accelerate')
+    learn = awd_lstm_learner(dls, SMALL)
+    forward_of_the_model(learn)
+    accelerate.Accelerator(mixed_precision='bf16', cpu=True).prepare_model(learn.model)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    assert 'forward of its own' in _why_not(learn.model, LMLoss())
 
 def test_activation_stats_see_the_decoder(dls):
     learn = awd_lstm_learner(dls, SMALL)

@@ -98,6 +98,11 @@ def test_no_link_within_a_link(processed):
     "nbdev links the names of this package, also where a page made a link of them"
     assert not [n for n in names if re.search(r'\[[^]\n]*\[[^]\n]*\]\([^)\n]*\)[^]\n]*\]\(', markdown(processed/n))]
 
+def test_fastais_names_lead_to_fastai(processed):
+    "nbdev links a name in backticks to ours: fastai's needs its link written out, in prose and in docstrings"
+    ours = re.compile(r"fastai's (?:own )?\[`\w+`\]\((?!https://docs\.fast\.ai)[^)]*\)")
+    assert not [(n, link) for n in names for link in ours.findall((processed/n).read_text())]
+
 def test_headings_of_the_api_reach_the_contents(processed):
     "Quarto leaves out the headings of cells with metadata of their own"
     shown = [c for c in cells(processed/'00_dropout.ipynb', 'code') if 'output: asis' in source(c)]
