@@ -1,6 +1,6 @@
 """A callback that finds `embed_p` while the model trains
 
-The best `embed_p` depends on how much a model overfits, and only training shows that. `AdaptEmbedP` starts at 0. It measures the loss on training data and on *control data*, which the model does not train on, 20 times in a fit. It raises `embed_p` when the control loss stops following the training loss down. [An experiment](results/adapt.ipynb), whose criteria were fixed before its first run, says what that is worth: in language models, one run ended within 2 % of the best of six constants. In a classifier, it raised `embed_p` too late. Keeping the best epoch of a training without embedding dropout is a rival to try first.
+The best `embed_p` depends on how much a model overfits, and only training shows that. `AdaptEmbedP` starts at 0. It measures the loss on training data and on *control data*, which the model does not train on, 20 times in a fit. It raises `embed_p` when the control loss stops following the training loss down. In eight language models, one run ended within 2 % of the best of six constants. In a classifier, and in a recommender that overfits, it raised `embed_p` too late. First try keeping the best epoch of a training without embedding dropout.
 
 Docs: https://fastai-embdrop.github.io/fastai_embdrop/adapt.html.md"""
 
@@ -11,19 +11,24 @@ __all__ = ['smoothed', 'feedback_p', 'eval_loss', 'AdaptEmbedP']
 
 # %% ../nbs/06_adapt.ipynb #799f0b11
 import math
+from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from numbers import Real
 from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import torch
-from torch.utils.data import Subset
+from torch.utils import data as torch_data
 from fastcore.basics import patch
+from fastai.callback.core import CancelBatchException
 from fastai.data.core import TfmdDL
+from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.torch_core import find_bs, no_random, num_distrib
 from .anneal import DropoutScheduler
+from .dropout import _check_p
 
 # %% ../nbs/06_adapt.ipynb #1a7eac32
 def smoothed(
@@ -43,7 +48,7 @@ def feedback_p(
     gain:float=4., # Probability per nat of the control loss's backlog
     dead:float=.06, # Backlog that is ignored, in nats
     ema:float=.3, # Weight of the past in the smoothed measurements
-    until:float=.6, # Fraction of the training after which the probability does not rise
+    until:float=.6, # Fraction of the training after which the probability does not exceed what it was then
 )->float: # Probability for the next batches
     "`gain` times the backlog beyond `dead`, between 0 and `max_p`; 0 if nothing was measured yet"
     if not history: return 0.
@@ -55,16 +60,22 @@ def feedback_p(
 
 # %% ../nbs/06_adapt.ipynb #c1229b7d
 def _sample_batches(
-    dl, # A `DataLoader`
+    dl:DataLoader|torch_data.DataLoader, # fastai's or PyTorch's
     n:int, # Batches to take at most
 )->list: # Batches, the same ones at each call
     "The first batches of a language model's loader; of other loaders, batches of items that are spread evenly"
-    dl = vars(dl).get('dl', dl) # the loader that a `DistributedDL` divides
     with no_random(reproducible=False):
+        dl = _undivided(dl)
         if not isinstance(dl, TfmdDL) or dl.n is None: return list(islice(dl, n))
         k = min(n*dl.bs, dl.n)
         idxs = range(k) if _is_lm(dl) else [i*dl.n//k for i in range(k)]
         return list(dl.new(get_idxs=lambda: idxs, shuffle=False, drop_last=False, num_workers=0))
+
+def _undivided(dl):
+    "The loader that a `DistributedDL` divides, with as many rows in a batch as one process has"
+    whole = vars(dl).get('dl')
+    if whole is None: return dl
+    return whole if whole.bs==dl.bs else whole.new(bs=dl.bs)
 
 def _is_lm(dl): return hasattr(dl, 'seq_len')
 
@@ -73,22 +84,46 @@ def _is_lm(dl): return hasattr(dl, 'seq_len')
 def _left_as_is(learn):
     "Put back what a forward pass may change: attributes of Learner, callbacks and modules, buffers, generators"
     modules = list(learn.model.modules())
-    kept = [(o, dict(vars(o))) for o in [learn, *learn.cbs, *modules]]
-    buffers = [(m, name, b, b.clone()) for m in modules for name,b in m.named_buffers(recurse=False)]
+    owners = [*learn.cbs, *modules]
+    attrs = [(o, dict(vars(o))) for o in [learn, *owners]]
+    contents = [(v, _copied(v)) for o in owners for v in vars(o).values() if _is_mutable(v)]
+    buffers = [(b, b.clone()) for m in modules for b in m.buffers(recurse=False)]
     try:
         with no_random(reproducible=False): yield
     finally:
-        for o,attrs in kept:
+        for o,kept in attrs:
             vars(o).clear()
-            vars(o).update(attrs)
-        for m,name,b,value in buffers: m._buffers[name] = b.copy_(value)
+            vars(o).update(kept)
+        for v,kept in contents + buffers: _refill(v, kept)
+
+# %% ../nbs/06_adapt.ipynb #5e7f9f84
+_growing = list,deque
+_keyed = dict,set
+
+def _is_mutable(v):
+    if isinstance(v, torch.Tensor): return v.layout==torch.strided
+    return isinstance(v, _growing+_keyed)
+
+def _copied(v): return v.clone() if isinstance(v, torch.Tensor) else v.copy()
+
+def _refill(v, kept):
+    "Make `v` equal to its copy `kept`, in place"
+    if isinstance(v, torch.Tensor):
+        if not torch.equal(v, kept): v.copy_(kept)
+        return
+    v.clear()
+    v.extend(kept) if isinstance(v, _growing) else v.update(kept)
 
 # %% ../nbs/06_adapt.ipynb #da4379a9
 def _batch_loss(learn, b):
-    "Mean loss on the batch `b` and its size, by fastai's validation step without `after_batch`"
+    "Mean loss on the batch `b` and its size, by a validation step without `after_batch`; None if it is cancelled"
     learn._split(learn._set_device(b))
-    learn('before_batch')
-    learn._do_one_batch()
+    try:
+        learn('before_batch')
+        learn._do_one_batch()
+    except CancelBatchException:
+        learn('after_cancel_batch')
+        return None
     return learn.loss.detach().float().mean(),find_bs(learn.yb)
 
 @torch.no_grad()
@@ -101,31 +136,38 @@ def eval_loss(
         learn.model.eval()
         learn.training = False
         if hasattr(learn.model, 'reset'): learn.model.reset()
-        losses,sizes = zip(*[_batch_loss(learn, b) for b in batches])
-        return torch.stack([loss*n for loss,n in zip(losses, sizes)]).sum().item()/sum(sizes)
+        measured = [_batch_loss(learn, b) for b in batches]
+        losses = [o for o in measured if o is not None]
+        if not losses: raise ValueError('callbacks cancelled every batch of a sample: there is no loss to measure')
+        n_items = sum(n for _,n in losses)
+        return torch.stack([loss*n for loss,n in losses]).sum().item()/n_items
 
 # %% ../nbs/06_adapt.ipynb #2203ea3c
 def _hold_out_text(dl, share):
     "The texts of a language model's loader without the last `share` of their words, and those words"
     texts = [text for text,*_ in dl.dataset]
     n_words = sum(map(len, texts))
-    left,kept,held = n_words-round(share*n_words),[],[]
+    left = n_words - round(share*n_words) # words that are still to be kept
+    kept,held = [],[]
     for text in texts:
         kept.append(text[:left])
         held.append(text[left:])
         left = max(0, left-len(text))
-    return [(o,) for o in kept if len(o)],[(o,) for o in held if len(o)]
+    return _items(kept),_items(held)
+
+def _items(texts): return [(text,) for text in texts if len(text)]
 
 def _hold_out_items(dl, share):
     "The items of `dl` without a `share` that is spread evenly, and that share"
     n_held = round(share*dl.n)
     held = {i*dl.n//n_held for i in range(n_held)}
     kept = [i for i in range(dl.n) if i not in held]
-    def part(idxs): return dl.dataset.iloc[idxs] if hasattr(dl.dataset, 'iloc') else Subset(dl.dataset, idxs)
-    return part(kept),part(sorted(held))
+    return _part(dl.dataset, kept),_part(dl.dataset, sorted(held))
+
+def _part(items, idxs): return items.iloc[idxs] if hasattr(items, 'iloc') else torch_data.Subset(items, idxs)
 
 def _hold_out(
-    dl:TfmdDL, # Training loader
+    dl:DataLoader, # Training loader
     share:float, # Share of its data, above 0 and below 1
 )->tuple: # Two loaders like `dl`: training data and control data
     "Hold out a share of `dl`: the last words of a language model, whose texts are kept in memory, else spread items"
@@ -142,27 +184,53 @@ _most_batches = 8        # in a sample
 class AdaptEmbedP(DropoutScheduler):
     "Find `embed_p` while a model trains: measure training loss and control loss 20 times in a fit, and follow `rule`"
     def __init__(self,
-        max_p:float=.4, # Ceiling, above 0 and at most 1
-        control=None, # `DataLoader` of control data, or a share of the training data to hold out (None: validation set)
+        max_p:float|None=None, # Ceiling of `feedback_p`, above 0 and at most 1 (None: 0.4)
+        control:DataLoader|float|None=None, # Control data, or a share of the training data (None: the validation set)
         key:str='embed_p', # What to adapt, as in `find_dropouts`
         rule:Callable|None=None, # Function from the measurements to a probability (None: `feedback_p` with `max_p`)
     ):
-        if not 0 < max_p <= 1: raise ValueError(f'max_p={max_p}: a probability above 0')
-        is_share = isinstance(control, (int,float))
-        if is_share and not 0 < control < 1: raise ValueError(f'control={control}: a share between 0 and 1')
-        self.control,self.rule = control,rule or partial(feedback_p, max_p=max_p)
+        self.control,self.rule = _check_control(control),_check_rule(rule, max_p)
         self._begin()
         super().__init__({key:self._now})
 
-    def _begin(self): self.p,self.history,self.n_due,self.train_dl = 0.,[],0,None
+    def _begin(self):
+        "Before a fit nothing is measured"
+        self.p = 0.
+        self.history = []
+        self.n_due = 0
+        self._forget()
+
+    def _forget(self):
+        "Keep no data of a fit"
+        self.samples = None
+        self.train_dl = None
+
     def _now(self, pct): return self.p
+
+# %% ../nbs/06_adapt.ipynb #d2abd71b
+def _check_rule(rule, max_p):
+    "`rule`, or `feedback_p` with the ceiling `max_p`; a `ValueError` if both are given"
+    if rule is not None and max_p is not None:
+        raise ValueError(f'max_p={max_p} is the ceiling of `feedback_p`: a `rule` has its own')
+    if rule is not None: return rule
+    ceiling = .4 if max_p is None else _check_p(max_p, 'max_p')
+    if ceiling==0: raise ValueError(f'max_p={max_p}: a probability above 0')
+    return partial(feedback_p, max_p=ceiling)
+
+def _check_control(control):
+    "`control`, a share as a float; an error if it is neither a share nor a loader"
+    if control is None or isinstance(control, (DataLoader,torch_data.DataLoader)): return control
+    if not isinstance(control, Real):
+        raise TypeError(f'control is a {type(control).__name__}: give a `DataLoader` or a share')
+    if not 0 < control < 1: raise ValueError(f'control={control}: a share between 0 and 1')
+    return float(control)
 
 # %% ../nbs/06_adapt.ipynb #03fa8520
 @patch
 def _control_dl(self:AdaptEmbedP):
     "The loader of control data; if that is held out, `train_dl` has the rest"
     dls,control = self.learn.dls,self.control
-    if isinstance(control, (int,float)):
+    if isinstance(control, float):
         if num_distrib()>1: raise ValueError(f'control={control}: in several processes give a `DataLoader`')
         self.train_dl,held = _hold_out(dls.train, control)
         return held
@@ -177,6 +245,7 @@ def _draw(self:AdaptEmbedP):
     n = min(_most_batches, max(1, self.n_epoch*len(train)//_batches_for_one))
     res = SimpleNamespace(train=_sample_batches(train, n), control=_sample_batches(control, n))
     if not res.control: raise ValueError('no control data: its sample has no batch')
+    if res.train and len(res.control[0])<len(res.train[0]): raise ValueError('the control data has no targets')
     return res
 
 @patch
@@ -186,9 +255,22 @@ def start_fit(self:AdaptEmbedP):
     self.samples = self._draw()
 
 @patch
+def after_fit(self:AdaptEmbedP):
+    super(AdaptEmbedP, self).after_fit()
+    if self._in_fit(): self._forget()
+
+@patch
 def before_train(self:AdaptEmbedP):
     super(AdaptEmbedP, self).before_train()
     if self.plan and self.train_dl: self.learn.dl = self.train_dl
+
+# %% ../nbs/06_adapt.ipynb #03fa8521
+@patch
+def __getstate__(self:AdaptEmbedP):
+    "The attributes without data: in a copy, an empty loader takes the place of control data, and a fit refuses it"
+    is_data = isinstance(self.control, (DataLoader,torch_data.DataLoader))
+    control = DataLoader([]) if is_data else self.control
+    return {**vars(self), 'samples':None, 'train_dl':None, 'control':control}
 
 # %% ../nbs/06_adapt.ipynb #9d7c9b13
 @patch

@@ -3,14 +3,15 @@
 It is tried in every kind of Learner in which fastai has an embedding. The rule's reference is a loop over the
 measurements, written from the page's formula. Losses are compared with `validate`'s.
 """
-import math, subprocess, sys
+import math, pickle, subprocess, sys, zipfile
+from collections import deque
 from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelBatchException, CancelFitException
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.training import GradientAccumulation
 from fastai.collab import CollabDataLoaders, collab_learner
@@ -27,6 +28,7 @@ from fastai_embdrop.awdlstm import AWD_LSTM, awd_lstm_clas_config, awd_lstm_lear
 from fastai_embdrop.embeddings import add_embedding_dropout
 from fastai_embdrop.run.corpus import lm_dataloaders
 from fastai_embdrop.run.checkpoint import Checkpoint, last_checkpoint
+from fastai_embdrop.run.distrib import LMDistributedDL
 from conftest import SMALL, random_tokens, small_dls
 
 # fastai reads the tables of pandas 3, and reads only
@@ -115,22 +117,38 @@ def test_the_rule_acts():
     assert a.recorder.losses[:n]==b.recorder.losses[:n] and a.recorder.losses[-1]!=b.recorder.losses[-1]
 
 class State(nn.Module):
-    "A model whose forward pass changes attributes, lists and buffers, and draws from all generators"
+    "A model whose forward pass assigns attributes, changes others in place, and draws from all generators"
     def __init__(self):
         super().__init__()
         self.bn,self.out,self.frozen = nn.BatchNorm1d(3),nn.Linear(3, 1),nn.BatchNorm1d(3)
         self.register_buffer('calls', torch.zeros(()))
         self.hidden,self.seen = torch.zeros(1),[]
+        self.total,self.mean,self.wide = torch.zeros(()),torch.zeros(()),torch.zeros(1).expand(3)
+        self.log,self.last,self.sizes,self.window = [],{},set(),deque(maxlen=2)
         self.frozen.eval()
     def forward(self, x):
         self.calls += 1
         self.hidden,self.new = x.sum(),len(self.seen)
         self.seen = [*self.seen, len(x)]
+        self.total += len(x)
+        self.mean.data.add_(1)
+        self.log.append(len(x))
+        self.last['x'] = len(x)
+        self.sizes.add(len(x))
+        self.window.append(len(x))
         return self.out(self.frozen(self.bn(x)) + torch.rand(1) + np.random.rand())
+
+    def held(self):
+        "What it keeps besides its state dict"
+        names = 'hidden','seen','total','mean','wide','log','last','sizes','window'
+        return [*(getattr(self, o) for o in names), hasattr(self, 'new')]
 
 class Count(Callback):
     n = 0
-    def before_batch(self): self.n += 1
+    def __init__(self): self.batches = []
+    def before_batch(self):
+        self.n += 1
+        self.batches.append(self.n)
 
 def test_what_a_forward_pass_changes_is_put_back():
     xs = [(torch.randn(3), torch.randn(1)) for _ in range(20)]
@@ -141,10 +159,13 @@ def test_what_a_forward_pass_changes_is_put_back():
     learn.model.frozen.eval()
     def state():
         m = learn.model
-        attrs = [m.hidden, m.seen, hasattr(m, 'new'), count.n, sorted(vars(learn)), [o.training for o in m.modules()]]
+        attrs = [m.held(), count.n, count.batches, sorted(vars(learn)), [o.training for o in m.modules()]]
         return str([*attrs, m.state_dict(), np.random.get_state(), torch.get_rng_state().tolist(), learn.training])
+    learn.model(xs[0][0][None].expand(2, 3)) # so that there is something to put back
+    log,total = learn.model.log,learn.model.total
     before = state()
     assert eval_loss(learn, batches) and state()==before
+    assert learn.model.log is log and learn.model.total is total
 
 def test_a_failed_measurement_leaves_nothing_either():
     learn = lm()
@@ -152,6 +173,27 @@ def test_a_failed_measurement_leaves_nothing_either():
     learn.loss_func = lambda pred, targ: 1/0
     with pytest.raises(ZeroDivisionError): eval_loss(learn, batches)
     assert learn.model.training and learn.model[0].hidden is hidden and not hasattr(learn, 'xb')
+
+class Skip(Callback):
+    "Cancels validation batches of which `which` says so"
+    def __init__(self, which): self.which,self.cancelled = which,0
+    def before_batch(self):
+        if not self.training and self.which(self.xb[0]): raise CancelBatchException
+    def after_cancel_batch(self): self.cancelled += 1
+
+def test_a_cancelled_batch_is_not_measured():
+    learn = lm()
+    a,b = _sample_batches(learn.dls.valid, 2)
+    loss,skip = eval_loss(learn, [b]),Skip(lambda x: torch.equal(x, a[0]))
+    learn.add_cb(skip)
+    assert eval_loss(learn, [a, b])==loss
+    cb = AdaptEmbedP(rule=zero)
+    fitted(lm, cb, skip, epochs=20) # two batches in a sample
+    assert len(cb.history)==20
+
+def test_all_batches_cancelled():
+    with pytest.raises(ValueError, match='callbacks cancelled every batch of a sample'):
+        fitted(lm, AdaptEmbedP(), Skip(lambda x: True))
 
 # What is measured
 
@@ -191,6 +233,13 @@ def test_items_are_spread_and_text_is_not():
     a,b = [x for x,_ in _sample_batches(train, 2)]
     text = train.dataset[0][0]
     assert torch.equal(torch.cat([a[0],b[0]]), text[:16])
+
+def test_a_sample_has_the_rows_of_one_process():
+    train = lm().dls.train
+    assert train.bs==4
+    ours = LMDistributedDL(train, 0, 8)
+    a,b = (_sample_batches(o, 1)[0] for o in (ours, train))
+    assert all(x.shape==(4, 8) and torch.equal(x, y) for x,y in zip(a, b))
 
 def test_other_loaders_give_their_first_batches():
     xs = [(torch.tensor([float(i)]),)*2 for i in range(10)]
@@ -281,9 +330,11 @@ def test_other_keys():
 def test_control_of_ones_own():
     train,valid = [random_tokens(800)],[random_tokens(300, 5)]
     dls = lm_dataloaders(train, valid, tok='split', vocab=lm().dls.vocab, bs=4, seq_len=8, device='cpu')
-    cb = AdaptEmbedP(control=dls.valid)
-    fitted(lm, cb)
-    assert torch.equal(ids_of(cb.samples.control), ids_of(_sample_batches(dls.valid, 1)))
+    cb,seen = AdaptEmbedP(control=dls.valid),[]
+    class Look(Callback):
+        def before_train(self): seen.append(ids_of(cb.samples.control))
+    fitted(lm, cb, Look())
+    assert len(seen)==3 and all(torch.equal(o, ids_of(_sample_batches(dls.valid, 1))) for o in seen)
 
 def texts_of(dl): return [o[0].tolist() for o in dl.dataset]
 
@@ -313,7 +364,8 @@ def test_training_never_sees_what_is_held_out():
     cb = AdaptEmbedP(control=.25)
     learn.fit(3, cbs=[cb, See()])
     held = {str(o) for b in _sample_batches(_hold_out(learn.dls.train, .25)[1], 99) for o in b[1].tolist()}
-    assert len(held)==18 and len(set(seen))>=45 and not held & set(seen) and learn.train_iter==3*len(cb.train_dl)
+    assert len(held)==18 and len(set(seen))>=45 and not held & set(seen)
+    assert learn.train_iter==3*len(_hold_out(learn.dls.train, .25)[0])
     learn.fit(1, cbs=See())
     assert held & set(seen)
 
@@ -345,13 +397,63 @@ def test_each_fit_begins_anew():
     learn.fit(1, cbs=cb)
     assert len(cb.history)==20 and learn.recorder.hps['embed_p'][0]==0
 
-def test_a_learner_with_it_can_be_exported(tmp_path):
+class Planted:
+    "An item of a data set that says so when it is pickled"
+    pickled = 0
+    def __init__(self, x): self.x = x
+    def __reduce__(self):
+        Planted.pickled += 1
+        return Planted,(self.x,)
+
+def pairs(items):
+    x = torch.tensor([[o.x] for o in items])
+    return x,x
+
+def planted():
+    "A Learner whose data are `Planted`"
+    items = [Planted(i/20) for i in range(20)]
+    dls = DataLoaders(*(TfmdDL(items, bs=4, create_batch=pairs, num_workers=0) for _ in range(2)), device='cpu')
+    return Learner(dls, nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.)), nn.MSELoss())
+
+class End(Callback):
+    "Ends a fit at its second batch by an exception"
+    def __init__(self, ex): self.ex = ex
+    def before_batch(self):
+        if self.training and self.train_iter==1: raise self.ex
+
+def sample_bytes(cb): return torch.cat([b[0].flatten() for b in cb.samples.train]).numpy().tobytes()
+
+@pytest.mark.parametrize('ex', [None, CancelFitException, KeyboardInterrupt])
+@pytest.mark.parametrize('own', [False, True])
+def test_no_data_is_saved_with_it(ex, own):
+    learn,seen = planted(),[]
+    cb = AdaptEmbedP(control=learn.dls.valid if own else .25, key='*1.p', rule=zero)
+    class Look(Callback):
+        def before_train(self): seen.append(sample_bytes(cb))
+    try: learn.fit(1, cbs=[cb, Look()] + ([End(ex)] if ex else []))
+    except KeyboardInterrupt: pass
+    Planted.pickled = 0
+    saved = pickle.dumps(cb)
+    assert Planted.pickled==0 and len(seen)==1 and seen[0] not in saved
+    assert pickle.loads(saved).history==cb.history
+    if ex is not KeyboardInterrupt: assert cb.samples is None and cb.train_dl is None
+
+def test_a_loaded_one_asks_for_its_control_data():
+    cb = pickle.loads(pickle.dumps(AdaptEmbedP(control=lm().dls.valid)))
+    with pytest.raises(ValueError, match='no control data'): fitted(lm, cb)
+    assert pickle.loads(pickle.dumps(AdaptEmbedP(control=.25))).control==.25
+
+@pytest.mark.parametrize('control', [None, .2])
+def test_a_learner_with_it_can_be_exported(control, tmp_path):
     learn = lm()
     learn.path = tmp_path
-    learn.add_cb(AdaptEmbedP())
+    learn.add_cb(AdaptEmbedP(control=control))
     learn.fit(1)
     learn.export('m.pkl')
     assert isinstance(load_learner(tmp_path/'m.pkl').adapt_embed_p, AdaptEmbedP)
+    with zipfile.ZipFile(tmp_path/'m.pkl') as z: parts = [z.read(o) for o in z.namelist()]
+    text,row = learn.dls.train.dataset[0][0].numpy(),8 # tokens that follow each other in a batch
+    assert len(text)==800 and not any(text[i:i+row].tobytes() in o for o in parts for i in range(800-row))
 
 class Reads(TorchDispatchMode):
     "Counts the numbers that the host reads from tensors"
@@ -394,16 +496,38 @@ def test_all_processes_take_what_process_0_measured(tmp_path):
     a,b = (torch.load(tmp_path/f'{r}.pth') for r in range(2))
     assert a['history']==b['history'] and a['ps']==b['ps'] and len(a['history'])==20 and max(a['ps'])>0
     assert a['own']!=b['own'] and a['refused'] and b['refused']
+    assert a['divided']==b['divided'] and len(a['divided'])>1 and a['shapes']==b['shapes']=={(4, 8)}
 
 # What is refused
 
-@pytest.mark.parametrize('max_p', [0, -.1, 1.1, math.nan])
+@pytest.mark.parametrize('max_p', [0, -.1, 1.1, math.nan, True, 'x'])
 def test_ceilings_that_are_none(max_p):
-    with pytest.raises(ValueError, match=f'max_p={max_p}'): AdaptEmbedP(max_p)
+    with pytest.raises(ValueError, match=f'max_p={max_p!r}'): AdaptEmbedP(max_p)
 
-@pytest.mark.parametrize('control', [0, 0., 1, -.5, 1.5, math.nan])
+def test_a_rule_has_its_own_ceiling():
+    with pytest.raises(ValueError, match='max_p=0.1 is the ceiling of `feedback_p`'): AdaptEmbedP(.1, rule=zero)
+
+def test_without_max_p_the_ceiling_is_two_fifths():
+    assert AdaptEmbedP().rule([(.1, 0., 9., 9.), (.2, 0., 1., 9.)])==.4
+
+@pytest.mark.parametrize('control', [0, 0., 1, -.5, 1.5, math.nan, True])
 def test_shares_that_are_none(control):
     with pytest.raises(ValueError, match=f'control={control}'): AdaptEmbedP(control=control)
+
+@pytest.mark.parametrize('control', ['0.1', [1, 2], small_dls()])
+def test_control_that_is_no_loader(control):
+    with pytest.raises(TypeError, match=f'control is a {type(control).__name__}'): AdaptEmbedP(control=control)
+
+def test_a_share_of_any_type():
+    a,b = (AdaptEmbedP(control=o) for o in (np.float32(.25), .25))
+    fitted(lm, a), fitted(lm, b)
+    assert a.history==b.history
+
+def test_control_data_without_targets():
+    learn = collab()
+    control = learn.dls.test_dl(table()[:20].drop(columns='y'))
+    assert len(next(iter(control)))<len(next(iter(learn.dls.train)))
+    with pytest.raises(ValueError, match='control data has no targets'): learn.fit(1, cbs=AdaptEmbedP(control=control))
 
 def one_loader():
     learn = lm()
