@@ -1,10 +1,10 @@
 """A training step of fastai's default AWD-LSTM language model: fastai's learner against ours, with and without logits.
 
-Before it decoder and loss alone, over chunk sizes; after it where the time goes. Each step is timed from the batch
-to the zeroed gradients, all callbacks included, in a process that trains one learner and nothing else; the
-processes of a round run one after another. `extra_mb` is the peak of the process's memory during the training
-steps above what it held before the first: gradients and Adam's state are in it, as both need them. `system_s` are
-the processor's seconds, over all threads, that the kernel took of a step: on a CPU, for pages of memory.
+The command first times decoder and loss alone, over chunk sizes, and ends with where the time goes. Each step is timed
+from the batch to the zeroed gradients, all callbacks included, in a process that trains one learner and nothing else;
+the processes of a round run one after another. `extra_mb` is the peak of the process's memory during the training steps
+above what it held before the first: gradients and Adam's state are in it, as both need them. `system_s` is the
+processor time of a step in the kernel, over all threads, in seconds: on a CPU, for pages of memory.
 """
 import json, os, re, subprocess, sys, time
 from collections import Counter
@@ -70,7 +70,7 @@ def step_rows(V, args):
 def loss_rows(V, args, D=400):
     """Decoder and loss alone, forward and backward: one row for each number of rows at a time
 
-    `logits` is all of them in two steps, as fastai does it, `auto` torch's choice."""
+    `logits` computes all logits first, as fastai does; `auto` is torch's choice."""
     if not hasattr(F, 'linear_cross_entropy'): return []
     dtype = torch.bfloat16 if args.device.startswith('cuda') else torch.float32
     n,make = args.bs*args.seq_len,dict(device=args.device, dtype=dtype, requires_grad=True)

@@ -1,4 +1,4 @@
-"""What each process of tests/test_adapt.py does: a fit whose processes would measure different losses, and one
+"""Runs in each process of tests/test_adapt.py: a fit whose processes would measure different losses, and one
 whose batches are divided
 
 The argument is the folder for the results."""

@@ -1,6 +1,6 @@
-"""Pins, on the simulated accelerator of `simgpu`: nothing of ours mixes devices or adds copies or reads to a fit's own.
+"""Pins, on the simulated accelerator of `simgpu`: our code mixes no devices and adds no copies or reads to a fit.
 
-Each check is run on faulty code too, which it must catch. tests/test_simgpu.py runs this file in a process of its own.
+Each check also runs on faulty code, which it must catch. tests/test_simgpu.py runs this file in a process of its own.
 """
 from collections import Counter
 from functools import cache, partial

@@ -1,6 +1,6 @@
-"""A simulated accelerator for machines without one: does our code mix devices, and what makes the host wait?
+"""Simulates an accelerator, to show where our code mixes devices and what makes the host wait.
 
-What it simulates: a device `simgpu:0`, torch's PrivateUse1 backend, whose tensors wrap CPU tensors. In `simulated()`
+It simulates a device `simgpu:0`, torch's PrivateUse1 backend, whose tensors wrap CPU tensors. In `simulated()`:
 
 - an operation on tensors of both devices raises. As on a card, a CPU tensor without dimensions may take part, and an
   index on the CPU is copied over;

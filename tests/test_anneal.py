@@ -1,8 +1,7 @@
-"""Pins where a schedule runs and where not: every kind of fit, interrupted and cancelled fits, wrappers, the record.
+"""Pins where a schedule runs and where it does not: kinds of fit, interruptions, cancelled fits, wrappers, the record.
 
-Also what is refused, and in which words, that configured values go wherever a module goes, and that no value is read
-from a device. The plan is recomputed here from `pct_train`'s definition, (epoch + batch/n)/epochs, and not read from
-the callback.
+Also: what is refused, and in which words; configured values follow their module; no value is read from a device. The
+plan is recomputed here from `pct_train`'s definition, (epoch + batch/n)/epochs, and not read from the callback.
 """
 import copy, re
 from functools import partial

@@ -1,5 +1,5 @@
-"""Pins what our AWD-LSTM must do as fastai's does, or better: quantization, `summary`, loading on `meta`, autocast, a
-decoder that drops everything, held masks; and that it leaves Python's record of warnings alone."""
+"""Pins what our AWD-LSTM must do at least as well as fastai's: quantization, `summary`, loading on `meta`, autocast, a
+decoder that drops everything, held masks. It also leaves Python's record of warnings alone."""
 import copy, inspect, pickle, re, warnings
 import pytest, torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Pins what must hold on an NVIDIA card: the draw, no waits of the host, CUDA graphs, mixed precision, the command.
+"""Pins what must hold on an NVIDIA card: the draw, a host that never waits, CUDA graphs, mixed precision, the command.
 
 Every test here is marked `cuda` and skipped, with that reason, where there is no card. `python -m benchmarks.gpu` has
 the functions that some of them call, and checks more.
@@ -23,7 +23,7 @@ from benchmarks.gpu import missing
 card = torch.device('cuda')
 no_fused_loss = missing('fused loss', card)
 needs_fused_loss = pytest.mark.skipif(no_fused_loss is not None, reason=no_fused_loss or '')
-# A learner says so; a colon of the message would end it here, so a dot stands in for it.
+# a learner warns; a colon would end the message here, so a dot matches it
 before_2_13 = pytest.mark.filterwarnings('ignore:The logits are kept in training. torch')
 pytestmark = [pytest.mark.cuda, before_2_13]
 setting = gpu_checks.Setting(card, small=False)

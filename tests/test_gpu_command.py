@@ -1,4 +1,4 @@
-"""Pins `python -m benchmarks.gpu`: its dry run passes, rows survive an interruption, the loss as it was fails there."""
+"""Pins `python -m benchmarks.gpu`: its dry run passes, rows survive an interruption, the old loss fails there."""
 import json, subprocess, sys
 from pathlib import Path
 import pytest, torch

@@ -1,7 +1,8 @@
-"""Pins what is said to whoever holds it wrong: the misuses that a review under real use tried, and each one's message.
+"""Pins the message for each misuse that a review of the library in use has tried.
 
-What a message has to name is spelled out; the rest of its wording is free. Wrong files and wrong command lines are in
-`tests/run/`. Left as fastai has it: `ParamScheduler({'embed_p': ...})` records values and moves no probability.
+The tables spell out what a message must name; the rest of its wording is free. Wrong files and wrong command lines are
+in `tests/run/`. One misuse is left as in fastai: `ParamScheduler({'embed_p': ...})` records values and moves no
+probability.
 """
 import math, re
 from collections import Counter

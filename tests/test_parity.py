@@ -1,4 +1,4 @@
-"""Pins ours to fastai's own classes: the same seed gives the same bits wherever fastai's are right.
+"""Pins our classes to fastai's: the same seed gives the same bits wherever fastai's are right.
 
 `EmbeddingDropout` over seeds x p x dtypes x padding, `AWD_LSTM` over state dicts, outputs and twenty training losses.
 """

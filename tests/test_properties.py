@@ -1,6 +1,6 @@
 """Pins, over inputs made by hypothesis, that each part gives a right result or a one-line error of the documented type.
 
-What is right comes from a second, plain implementation: NumPy for the dropout, `decode` for text. Non-finite weights
+Expected results come from a second, plain implementation: NumPy for the dropout, `decode` for text. Non-finite weights
 follow IEEE 754 as in `nn.Dropout`: a dropped NaN or infinity is NaN and does not vanish.
 `HYPOTHESIS_PROFILE=long` tries more.
 """

@@ -1,7 +1,7 @@
 """Pins that tests/on_simgpu.py passes: what the library does on a simulated accelerator.
 
-It has a process of its own, because a backend cannot be taken back: torch would go on to take it for the machine's
-accelerator in all other tests. For the single tests: `pytest tests/on_simgpu.py`.
+It runs in a process of its own, because a backend cannot be unregistered: torch would use it as the machine's
+accelerator in all later tests. To run single tests: `pytest tests/on_simgpu.py`.
 """
 import os, subprocess, sys
 from pathlib import Path

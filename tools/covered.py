@@ -1,4 +1,4 @@
-"Lines and branches, each for itself, must be covered to `fail_under` percent by the run of `pytest --cov` before."
+"Checks that `pytest --cov` covered at least `fail_under` percent of the lines, and of the branches."
 import json, sys
 from pathlib import Path
 from coverage import Coverage

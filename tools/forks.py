@@ -1,4 +1,4 @@
-"Functions run in forks of one process, so that what takes seconds to import is imported once."
+"Runs functions in forks of one process, so that slow imports happen once."
 import gc, os, signal, sys, tempfile, traceback
 from contextlib import suppress
 # no window; and pytest's plugins may have been imported here already

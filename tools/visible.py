@@ -1,4 +1,4 @@
-"""Runs the visible code of processed pages, as a reader would who copies it: `python tools/visible.py PAGE...`
+"""Runs the visible code of processed pages, as a reader who copies it would: `python tools/visible.py PAGE...`
 
 Each page runs in a fork of its own, in an empty folder and with no names, so its imports must be visible too.
 fastai is imported before the forks, because that takes seconds and hides nothing: a page still has to import its names.

@@ -1,4 +1,4 @@
-"Shared by the tests of the training command: small settings, a text, a finished run, a pickle that is a bomb."
+"Shared by the tests of the training command: small settings, a text, a finished run, a pickle that runs code."
 import os, subprocess, sys
 import pytest
 from fastai_embdrop.run.settings import Settings
@@ -38,6 +38,6 @@ def command(*args, before=''):
     return subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True)
 
 class Bomb:
-    "What makes the folder `path` when it is unpickled"
+    "Makes the folder `path` when it is unpickled"
     def __init__(self, path): self.path = path
     def __reduce__(self): return os.mkdir, (str(self.path),)

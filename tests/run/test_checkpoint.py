@@ -1,6 +1,6 @@
-"""Pins `Checkpoint` in a fit of any kind: resumed at every batch, it ends as a fit that was not broken off, to the bit.
+"""Pins `Checkpoint` in a fit of any kind: resumed at any batch, it ends with the bits of an uninterrupted fit.
 
-Also: what of a callback's state is kept, and as which type; what is named because it is not; damaged files."""
+Also: which parts of a callback's state are kept, and as which type; a warning names the others; damaged files."""
 import pickle, random, signal, warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from datetime import date

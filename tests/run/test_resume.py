@@ -1,4 +1,4 @@
-"""Pins that a run which was broken off ends as one that was not, to the bit: kills, torn files, full disks, signals.
+"""Pins that a resumed run ends with the bits of an uninterrupted one, after kills, torn files, full disks and signals.
 
 EMBDROP_KILLS (5) is how often `test_killed_at_any_time` kills. Fits of other kinds are in test_checkpoint.py."""
 import json, multiprocessing, os, pickle, random, shutil, signal, subprocess, sys, threading, time

@@ -146,7 +146,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 '''
 
 def test_command_on_a_full_disk(tmp_path, text):
-    "A limit on the size of a file stands for it: the first checkpoint is larger"
+    "A limit on the size of files has the same effect: the first checkpoint is larger"
     pytest.importorskip('resource')
     out = tmp_path/'run'
     p = command(*flags(data=text, out=out, emb_sz=40), before=full)
