@@ -1,6 +1,6 @@
 """Pins the live figure of `explain`, in a real browser: its masks are those that the modules draw, and slider, hover,
 keyboard, dark and narrow pages work."""
-import shutil, sys
+import re, shutil, sys
 from pathlib import Path
 import pytest, torch
 from torch import nn
@@ -93,7 +93,44 @@ def test_the_slider(page):
 def test_a_word_lights_up_its_copies_in_all_panels(page):
     page.hover('.row[data-word=dog]')
     lit = page.eval_on_selector_all('.row.lit', 'rows => rows.map(r => r.dataset.word)')
-    assert lit==['dog']*6 and '“dog” comes 2 times' in page.inner_text('.masks-say')
+    assert lit==['dog']*6 and '“dog” occurs 2 times' in page.inner_text('.masks-say')
+    page.hover('.row[data-word=ran]')
+    assert '“ran” occurs once' in page.inner_text('.masks-say')
+
+def dropped_words(rows):
+    "The words at `rows` without copies, as the sentence below the figure quotes them"
+    return ', '.join(dict.fromkeys(f'“{words[row]}”' for row in rows))
+
+@needs_browser
+def test_the_sentence_says_what_is_dropped(page):
+    "By word type, and sentence by sentence, where a copy may be kept"
+    page.check('.masks-sequence')
+    sizes = [len(sentence) for sentence in masks.words]
+    kept_copies = 0
+    for seed in masks.seeds[:6]:
+        rows = [row for row,keep in enumerate(drawn(.3, seed, 'sequence')) if not keep]
+        first,second = [row for row in rows if row<sizes[0]],[row for row in rows if row>=sizes[0]]
+        parts = [f'{dropped_words(o)} in sentence {i}' for i,o in ((1,first),(2,second)) if o]
+        said = page.inner_text('.masks-say')
+        assert f'Sentence by sentence, this mask drops {"; ".join(parts)}: {len(rows)} of 12 words.' in said
+        kept_copies += len({words[row] for row in rows} & {words[row] for row in {*range(12)}-{*rows}})
+
+        page.uncheck('.masks-sequence')
+        rows = [row for row,keep in enumerate(drawn(.3, seed, 'batch')) if not keep]
+        said = page.inner_text('.masks-say')
+        assert f'By word type, this mask drops {dropped_words(rows)}: {len(rows)} of 12 words.' in said
+        page.check('.masks-sequence')
+        page.click('.masks-new')
+    assert kept_copies, 'some word is dropped in one sentence and kept in the other'
+
+@needs_browser
+@pytest.mark.parametrize('width', [400, 760, 1000])
+def test_titles_do_not_overlap(page, width):
+    page.set_viewport_size(dict(width=width, height=800))
+    for _ in range(2):
+        page.click('.masks-sequence')
+        boxes = page.eval_on_selector_all('.masks-panels .title', 'os => os.map(o => o.getBoundingClientRect())')
+        assert all(left['right'] < right['left'] for left,right in zip(boxes, boxes[1:]))
 
 @needs_browser
 def test_the_keyboard_reaches_every_word(page):
@@ -105,6 +142,14 @@ def test_the_keyboard_reaches_every_word(page):
         page.keyboard.press('ArrowDown')
     assert seen==words
     assert page.locator('.row[tabindex="0"]').count()==1, 'one stop for the Tab key'
+
+@needs_browser
+def test_the_focused_word_stays_lit(page):
+    "When the pointer leaves another word"
+    page.focus('.row[tabindex="0"]')
+    page.hover('.row[data-word=dog]')
+    page.hover('.masks-say')
+    assert page.eval_on_selector_all('.row.lit', 'rows => rows.map(r => r.dataset.word)')==['the']*12
 
 @needs_browser
 def test_the_mean_of_a_hundred_masks(page):
@@ -144,3 +189,14 @@ def test_a_still_picture_without_scripts(browser, address):
     page.goto(address)
     assert page.locator('.masks-figure svg rect').count()==3*len(words)*masks.dims
     context.close()
+
+@needs_browser
+def test_a_still_picture_where_scripts_are_stripped(browser):
+    "And styles with them, on a dark page: GitHub, or a notebook that is not trusted"
+    bare = re.sub(r'(?s)<(script|style)>.*?</\1>', '', masks.figure())
+    page = browser.new_page()
+    page.set_content(f'<body style="background: #222; color: #eee">{bare}')
+    assert page.locator('.masks-figure svg rect').count()==3*len(words)*masks.dims
+    fills = page.eval_on_selector_all('.masks-figure text', 'os => os.map(o => getComputedStyle(o).fill)')
+    assert {*fills}=={'rgb(238, 238, 238)'}
+    page.close()

@@ -201,7 +201,8 @@ def test_tutorials_open_in_colab(page, monkeypatch):
     needed = re.findall(r'pip install (?:--no-deps )?([\w-]+(?:==[\w.]+)?)`', markdown(page))
     assert {f'git+{repository}', *needed} <= installed
 
-written = [p for d in ('tests','tools','benchmarks','experiments') for p in sorted((root/d).rglob('*.py'))]
+folders = 'tests','tools','benchmarks','experiments','nbs/live'
+written = [p for d in folders for p in sorted((root/d).rglob('*')) if p.suffix in ('.py','.js','.css')]
 @pytest.mark.parametrize('file', written, ids=lambda p: p.relative_to(root).as_posix())
 def test_style_of_files(file):
     assert not [l for l in file.read_text().splitlines() if len(l)>120]

@@ -3,6 +3,7 @@
 
 const SVG = 'http://www.w3.org/2000/svg';
 const CELL = 16, LABEL = 40, GAP = 8, TOP = 22;
+const TITLES = {batch: 'word type', sequence: 'per sentence', token: 'position', number: 'number'};
 
 function make(parent, name, attributes = {}, text = '') {
   const isSvg = parent.namespaceURI === SVG || name === 'svg';
@@ -40,8 +41,8 @@ function masksFigure(root, data) {
   const words = data.sentences.flat();
   const state = {p: 3, seed: 0, drawn: 1, perSequence: false, word: null};
   const kinds = () => [state.perSequence ? 'sequence' : 'batch', 'token', 'number'];
-  const titles = () => [state.perSequence ? 'word type, per sequence' : 'word type', 'position', 'number'];
-  const rowY = row => TOP + row * CELL + (row >= data.sentences[0].length ? GAP : 0);
+  const sentenceOf = row => row < data.sentences[0].length ? 1 : 2;
+  const rowY = row => TOP + row * CELL + (sentenceOf(row) === 2 ? GAP : 0);
 
   // Controls
   const controls = make(root, 'div', {class: 'masks-controls'});
@@ -67,7 +68,7 @@ function masksFigure(root, data) {
       const cells = Array.from({length: data.dims}, (_, column) =>
         make(group, 'rect', {x: LABEL + column * CELL + 1, y: rowY(row) + 1, width: CELL - 2, height: CELL - 2}));
       group.addEventListener('pointerenter', () => light(word));
-      group.addEventListener('pointerleave', () => light(null));
+      group.addEventListener('pointerleave', () => light(focusedWord()));
       group.addEventListener('click', () => light(word));
       if (i === 0) keyboard(group, row);
       return {group, cells};
@@ -121,16 +122,44 @@ function masksFigure(root, data) {
     describe();
   }
 
+  // The word that has the keyboard's focus, if one of this figure has it.
+  function focusedWord() {
+    const focused = document.activeElement;
+    return root.contains(focused) && focused.dataset.word || null;
+  }
+
+  // The sentence below the figure: what the first panel drops, and either the word that is lit or the bars.
   function describe() {
-    const p = data.ps[state.p];
-    const keeps = words.filter((_, row) => isKept(data, kinds()[0], state, row, 0));
-    const dropped = [...new Set(words.filter((_, row) => !isKept(data, kinds()[0], state, row, 0)))];
-    let text = `Mask ${state.seed + 1} of 100 at p = ${p}. `;
-    text += dropped.length ? `By word type, this mask drops ${dropped.join(', ')} and ` : 'By word type, this mask drops nothing and ';
-    text += `keeps ${keeps.length} of ${words.length} words. `;
-    if (state.word) text += `“${state.word}” comes ${words.filter(w => w === state.word).length} times.`;
-    else text += `The bars are the mean of ${lastSeeds(state).length === 1 ? 'this mask' : `the last ${lastSeeds(state).length} masks`}.`;
-    say.textContent = text;
+    const start = `Mask ${state.seed + 1} of 100 at p = ${data.ps[state.p]}.`;
+    say.textContent = `${start} ${aboutDropped()} ${state.word ? aboutWord(state.word) : aboutBars()}`;
+  }
+
+  function aboutDropped() {
+    const unit = state.perSequence ? 'Sentence by sentence' : 'By word type';
+    const dropped = [...words.keys()].filter(row => !isKept(data, kinds()[0], state, row, 0));
+    if (!dropped.length) return `${unit}, this mask drops nothing.`;
+    const which = state.perSequence ? quoteBySentence(dropped) : quote(dropped);
+    return `${unit}, this mask drops ${which}: ${dropped.length} of ${words.length} words.`;
+  }
+
+  function quote(rows) {
+    return [...new Set(rows.map(row => `“${words[row]}”`))].join(', ');
+  }
+
+  function quoteBySentence(rows) {
+    const sentences = [...new Set(rows.map(sentenceOf))];
+    const quoted = n => quote(rows.filter(row => sentenceOf(row) === n));
+    return sentences.map(n => `${quoted(n)} in sentence ${n}`).join('; ');
+  }
+
+  function aboutWord(word) {
+    const count = words.filter(w => w === word).length;
+    return `“${word}” occurs ${count === 1 ? 'once' : `${count} times`}.`;
+  }
+
+  function aboutBars() {
+    const count = lastSeeds(state).length;
+    return `The bars are the mean of ${count === 1 ? 'this mask' : `the last ${count} masks`}.`;
   }
 
   function draw() {
@@ -138,8 +167,8 @@ function masksFigure(root, data) {
     pValue.textContent = p.toFixed(1);
     slider.setAttribute('aria-valuetext', `p = ${p.toFixed(1)}`);
     drawn.forEach(({svg, title, rows}, i) => {
-      title.textContent = titles()[i];
-      svg.setAttribute('aria-label', `Mask shared by ${titles()[i]}`);
+      title.textContent = TITLES[kinds()[i]];
+      svg.setAttribute('aria-label', `Mask: ${title.textContent}`);
       rows.forEach(({cells}, row) => cells.forEach((cell, column) => {
         const kept = isKept(data, kinds()[i], state, row, column);
         cell.setAttribute('class', kept ? 'kept' : 'dropped');

@@ -20,7 +20,7 @@ def ids():
     return torch.tensor(rows)
 
 def kept(kind, p, seed):
-    "Which numbers of the batch `kind` of dropout keeps under `seed`: bool, one row of `dims` for each word of the sentences"
+    "Which numbers `kind` of dropout keeps under `seed`: bool, a row of `dims` for each word of the sentences"
     emb = nn.Embedding(len(vocab), dims, _weight=torch.ones(len(vocab), dims))
     if kind=='number': drop = nn.Sequential(emb, nn.Dropout(p))
     else: drop = EmbeddingDropout(emb, p, per=kind)
@@ -33,15 +33,18 @@ def bits(mask):
     powers = torch.tensor([2**i for i in range(dims)])
     return ''.join(f'{row:x}' for row in (mask*powers).sum(1).tolist())
 
+def masks_of(kind):
+    "The masks of `kind` as text: for each p, one for each seed"
+    return [[bits(kept(kind, p, seed)) for seed in seeds] for p in ps]
+
 @cache
 def data():
     "All that the figure shows: the sentences, and of each kind and p the mask of each seed"
-    kinds = ['batch', 'sequence', 'token', 'number']
-    masks = {kind: [[bits(kept(kind, p, seed)) for seed in seeds] for p in ps] for kind in kinds}
+    masks = {kind:masks_of(kind) for kind in ('batch','sequence','token','number')}
     return dict(sentences=words, dims=dims, ps=ps, masks=masks)
 
 def still(masks, p=.3):
-    "The first mask of the figure as a plain SVG, for where scripts do not run"
+    "The first mask of the figure as a plain SVG, which stays where scripts do not run"
     titles = dict(batch='word type', token='position', number='number')
     flat = [w for sentence in words for w in sentence]
     parts = []
@@ -58,14 +61,14 @@ def still(masks, p=.3):
     label = 'Three grids of twelve words by four numbers. Left, whole words are dropped and copies agree. ' \
             'Middle, whole words are dropped and copies differ. Right, single numbers are dropped.'
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 500 230" width="500" font-size="12" role="img" '
-            f'aria-label="{label}" fill="#444">{"".join(parts)}</svg>')
+            f'aria-label="{label}" fill="currentColor">{"".join(parts)}</svg>')
 
 def figure():
     "The figure as an HTML fragment that needs nothing from elsewhere"
     here = Path(__file__).parent
     style,script = ((here/f'masks.{o}').read_text() for o in ('css','js'))
     masks = data()
-    return f"""<div class="masks-figure"><noscript>{still(masks)}</noscript></div>
+    return f"""<div class="masks-figure">{still(masks)}</div>
 <style>{style}</style>
 <script>(() => {{
 const data = {json.dumps(masks, separators=(',', ':'))};
