@@ -135,6 +135,13 @@ def test_the_site_says_what_each_setting_means(processed):
     meanings = [(f.name, f.default, docments(Settings)[f.name]) for f in dataclasses.fields(Settings)]
     assert not [name for name,default,meaning in meanings if f'| `{name}` | {default} | {meaning} |' not in rows]
 
+def test_the_recipes_show_the_help_of_today(monkeypatch):
+    from fastai_embdrop.run.settings import _parser
+    monkeypatch.setenv('COLUMNS', '80')
+    shown = [printed(o) for o in outputs(root/'nbs/tutorials/recipes.ipynb')]
+    saved, = [o for o in shown if o.startswith('usage: embdrop-train')]
+    assert saved.split()==_parser().format_help().split(), 'run the page again'
+
 # What a page is
 
 texts = [*pages, *(root/f'{o}.md' for o in ('README', 'CONTRIBUTING', 'CHANGELOG', 'SECURITY'))]
