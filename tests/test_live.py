@@ -1,6 +1,6 @@
 """Pins the live figure of `explain`, in a real browser: its masks are those that the modules draw, and slider, hover,
 keyboard, dark and narrow pages work."""
-import re, shutil, sys
+import json, re, shutil, sys
 from pathlib import Path
 import pytest, torch
 from torch import nn
@@ -20,6 +20,13 @@ def test_the_page_needs_nothing_from_elsewhere():
     assert 'src=' not in figure and 'import ' not in figure and 'fetch' not in figure
     names = [o for o in figure.split('"') if o.startswith('http')]
     assert names==['http://www.w3.org/2000/svg'], 'the name of a language, not an address'
+
+def test_the_page_has_the_figure_of_today():
+    "Its saved output holds the style and the script as they are now"
+    cells = json.loads((root/'nbs'/'explain.ipynb').read_text())['cells']
+    saved = ''.join(line for c in cells for o in c.get('outputs', []) for line in o.get('data', {}).get('text/html', []))
+    live = root/'nbs'/'live'
+    assert all((live/name).read_text() in saved for name in ('masks.css','masks.js')), 'run the page again'
 
 @pytest.mark.parametrize('kind', ['batch', 'sequence', 'token', 'number'])
 def test_the_masks_drop_at_the_rate_p(kind):
