@@ -223,7 +223,7 @@ def clas_tokens(data):
     "Tokens and labels of the judge's, control and training reviews, and tokens of the reviews for the language model"
     ends = list(accumulate(clas_sizes.values(), initial=0))
     rs = reviews(data.wheels)
-    starts = [first_words([t], first_tokens)[0] for t,_ in rs[:ends[-1]]] # a word is a token at least
+    starts = [first_words([t], first_tokens)[0] for t,_ in rs[:ends[-1]]] # each word gives a token or more
     toks = tokenize(starts, n_workers=0)
     items = [(t[:first_tokens], label) for t,(_,label) in zip(toks, rs)]
     other = first_words([t for t,_ in rs[ends[-1]:]], lm_words+held_out)
