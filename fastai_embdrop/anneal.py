@@ -195,7 +195,8 @@ class AnnealEmbedP(DropoutScheduler):
         sched:Callable=SchedCos, # Shape: a function of (start, end) that returns a schedule
         epochs:float|None=None, # Epochs that the schedule lasts, over all fits; None: each fit runs it whole
     ):
-        self.end,self.shape = _check_p(end, 'end'),_check_shape(sched)
+        self.end = _check_p(end, 'end')
+        self.shape = _check_shape(sched)
         self.from_config = start is None
         schedule = None if self.from_config else sched(_check_p(start, 'start'), self.end)
         super().__init__({'embed_p': schedule}, epochs)

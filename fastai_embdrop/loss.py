@@ -103,7 +103,11 @@ class LazyLogits:
 # %% ../nbs/04_loss.ipynb #0cb74c22
 class LMLoss(CrossEntropyLossFlat):
     "fastai's loss of a language model, which also takes `LazyLogits`"
-    def __call__(self, inp, targ, **kwargs):
+    def __call__(self,
+        inp:torch.Tensor|LazyLogits, # Logits, shape (batch, time, words), or what takes their place
+        targ:torch.Tensor, # Ids of the right words, shape (batch, time)
+        **kwargs
+    )->torch.Tensor: # The loss, a scalar unless `reduction` is 'none'
         if isinstance(inp, LazyLogits): return linear_loss(inp.x, inp.decoder, targ)
         return super().__call__(inp, targ, **kwargs)
 

@@ -23,7 +23,8 @@ def SchedEarly(
     until:float, # Fraction of the training, in (0, 1], at which it reaches 0
 )->Callable: # Schedule: a function of `pct` in [0, 1]
     "Linear from `p` to 0 at `until`, then 0: early dropout (Liu et al. 2023, section 4)"
-    p,until = _check_p(p, 'p'),_check_p(until, 'until')
+    p = _check_p(p, 'p')
+    until = _check_p(until, 'until')
     if until==0: raise ValueError(f'until={until}: it must be above 0')
     return lambda pct: p*max(0., 1-pct/until)
 
@@ -43,7 +44,8 @@ def SchedLate(
     after:float, # Fraction of the training at which it begins, in [0, 1]
 )->Callable: # Schedule: a function of `pct` in [0, 1]
     "0 before `after`, then `p`: late dropout (Liu et al. 2023, section 4)"
-    p,after = _check_p(p, 'p'),_check_p(after, 'after')
+    p = _check_p(p, 'p')
+    after = _check_p(after, 'after')
     return lambda pct: p if pct>=after else 0.
 
 # %% ../nbs/02_schedules.ipynb #39d00935
@@ -53,7 +55,8 @@ def SchedPiecewise(
     "Straight lines between `points`, as in Kaldi's dropout schedules"
     try: pairs = [(float(pct), _check_p(p, 'p')) for pct,p in points]
     except TypeError as e: raise ValueError(f'points={points!r}: a list of pairs (pct, p)') from e
-    pcts,ps = [pct for pct,_ in pairs],[p for _,p in pairs]
+    pcts = [pct for pct,_ in pairs]
+    ps = [p for _,p in pairs]
     is_whole = pcts[:1]==[0] and pcts[-1:]==[1]
     rises = all(a<b for a,b in zip(pcts, pcts[1:]))
     if not (is_whole and rises): raise ValueError(f'pct of the points is {pcts}: it must rise from 0 to 1')

@@ -213,7 +213,7 @@ def test_epochs_continue_with_start_epoch(learn):
     learn.fit(3, start_epoch=1, cbs=cb)
     np.testing.assert_allclose(applied(learn), plan(n, 3, start=1), atol=1e-9)
 
-def test_epochs_begin_anew_with_another_learner(dls):
+def test_epochs_start_again_with_another_learner(dls):
     "As in a loop over seeds; before, the second learner had the last value from its first batch on"
     cb,seen = AnnealEmbedP(.5, .05, epochs=1),[]
     for _ in range(2): awd_lstm_learner(dls, SMALL).fit(1, cbs=[cb, Watch(seen)])
