@@ -17,6 +17,11 @@ def load(path=Path(__file__).parent/'results'/'adapt.csv'):
     df = pd.read_csv(path)
     return df.assign(cell=df.domain+'/'+df.cell)
 
+labels = {'E3cap':'AdaptEmbedP', 'E2':'slower rule'}
+def label(arm):
+    "The name of an arm for readers"
+    return labels.get(arm, arm)
+
 def outcomes(df, cell, column='outcome'):
     "A table of `column`: a line for each seed, a column for each arm"
     return df[df.cell==cell].pivot(index='seed', columns='arm', values=column)
@@ -37,7 +42,9 @@ def regret(df, cell, arm, column='outcome'):
     half = student.ppf(.975, len(pct)-1)*pct.std()/math.sqrt(len(pct))
     return pct.mean(),half
 
-def worst(df, names, arm): return max(regret(df, c, arm)[0] for c in names)
+def worst(df, names, arm, column='outcome'):
+    "The highest regret of `arm` over the cells `names`"
+    return max(regret(df, c, arm, column)[0] for c in names)
 
 kinds = dict(sentiment='the classifier', movielens='the recommender')
 def kind(cell): return 'language models' if is_lm(cell) else kinds[cell.split('/')[0]]
@@ -74,7 +81,7 @@ def verdicts(df):
     said = [f"{'succeeds' if ok else 'fails'} for {name} (mean regret {mean:.1f} %, worst {high:.1f} ± {half:.1f} %)"
             for name,(ok,mean,high,half) in judged.items()]
     sentences = []
-    if said: sentences.append(f"E3cap {'; it '.join(said)}.")
+    if said: sentences.append(f"{label('E3cap')} {'; it '.join(said)}.")
     if waiting: sentences.append(f"Not yet judged: {', '.join(waiting)}.")
     return sentences
 
@@ -82,7 +89,7 @@ def against_rivals(df, whole):
     "Sentences on the worst regrets over the cells `whole`"
     rivals = ', '.join(lower_worst(df)) or 'none'
     own = worst(df, whole, 'E3cap')
-    return [f'Over the cells with all arms, the worst regret of E3cap is {own:.1f} %.',
+    return [f"Over the cells with all arms, the worst regret of {label('E3cap')} is {own:.1f} %.",
             f'Constants and rules with no higher one: {rivals}.']
 
 def summary(df):
