@@ -24,7 +24,8 @@ def test_the_page_needs_nothing_from_elsewhere():
 def test_the_page_has_the_figure_of_today():
     "Its saved output holds the style and the script as they are now"
     cells = json.loads((root/'nbs'/'explain.ipynb').read_text())['cells']
-    saved = ''.join(line for c in cells for o in c.get('outputs', []) for line in o.get('data', {}).get('text/html', []))
+    data = [o.get('data', {}) for c in cells for o in c.get('outputs', [])]
+    saved = ''.join(''.join(d.get('text/html', '')) for d in data)
     live = root/'nbs'/'live'
     assert all((live/name).read_text() in saved for name in ('masks.css','masks.js')), 'run the page again'
 

@@ -27,7 +27,8 @@ def readme():
     for c in (c for c in nb.cells if c.cell_type=='code'):
         has_figure = any('image/png' in o.get('data', {}) for o in c.outputs)
         if has_figure: figs.append([directive(c.source, k) for k in ('fig-alt','fig-cap')])
-        if directive(c.source, 'echo')=='false': c.metadata['tags'] = ['no-input']
+        folded = directive(c.source, 'code-fold')=='true' # the site folds it, GitHub can't
+        if folded or directive(c.source, 'echo')=='false': c.metadata['tags'] = ['no-input']
         c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
     nb.metadata['language_info'] = dict(name='python')
     exporter = MarkdownExporter()
