@@ -125,7 +125,7 @@ function masksFigure(root, data) {
   // The word that has the keyboard's focus, if one of this figure has it.
   function focusedWord() {
     const focused = document.activeElement;
-    return root.contains(focused) && focused.dataset.word || null;
+    return root.contains(focused) ? focused.dataset.word : null;
   }
 
   // The sentence below the figure: what the first panel drops, and either the word that is lit or the bars.
