@@ -109,10 +109,12 @@ def _copied(v): return v.clone() if isinstance(v, torch.Tensor) else v.copy()
 def _refill(v, kept):
     "Make `v` equal to its copy `kept`, in place"
     if isinstance(v, torch.Tensor):
-        if not torch.equal(v, kept): v.copy_(kept)
+        is_same = v.layout==torch.strided and torch.equal(v, kept)
+        if not is_same: v.copy_(kept)
         return
     v.clear()
-    v.extend(kept) if isinstance(v, _growing) else v.update(kept)
+    refill = v.extend if isinstance(v, _growing) else v.update
+    refill(kept)
 
 # %% ../nbs/06_adapt.ipynb #da4379a9
 def _batch_loss(learn, b):

@@ -122,6 +122,7 @@ class State(nn.Module):
         super().__init__()
         self.bn,self.out,self.frozen = nn.BatchNorm1d(3),nn.Linear(3, 1),nn.BatchNorm1d(3)
         self.register_buffer('calls', torch.zeros(()))
+        self.register_buffer('sparse', torch.eye(3).to_sparse())
         self.hidden,self.seen = torch.zeros(1),[]
         self.total,self.mean,self.wide = torch.zeros(()),torch.zeros(()),torch.zeros(1).expand(3)
         self.log,self.last,self.sizes,self.window = [],{},set(),deque(maxlen=2)
