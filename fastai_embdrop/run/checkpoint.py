@@ -16,7 +16,9 @@ from contextlib import contextmanager,nullcontext,suppress
 from datetime import date
 from functools import partial
 from io import IOBase
+from types import FunctionType,ModuleType
 from fastai.basics import *
+from fastai.callback.hook import Hook
 from fastai.callback.progress import CSVLogger,ProgressCallback
 from .files import _safely,check_weights,write_atomic,_write_text
 
@@ -214,30 +216,44 @@ def _set_state(self:Checkpoint, state):
     _set_random_states(own['rng'])
 
 # %% ../../nbs/run/03_checkpoint.ipynb #39bf4cce
-_data = bool,int,float,complex,str,bytes,date,np.ndarray,random.Random,np.random.Generator,np.random.RandomState
+_data = (bool,int,float,complex,str,bytes,date, np.ndarray,pd.DataFrame,pd.Series,pd.Index,
+         random.Random,np.random.Generator,np.random.RandomState)
+_made_again = type,FunctionType,ModuleType,Learner,Callback,DataLoader,Hook,torch.autocast,plt.Artist
 
-def _mark(o, in_model):
-    "A value that differs once `o` has changed; None for code, and for the modules and tensors `in_model`"
+def _mark(o, known, depth=6):
+    "A value that differs once `o` has changed; None for code, for objects whose id is `known`, and below `depth`"
+    if id(o) in known or isinstance(o, _made_again): return None
     if isinstance(o, _data): return pickle.dumps(o)
     if isinstance(o, torch.Generator): return o.get_state().tolist()
     if isinstance(o, IOBase): return None if 'a' in getattr(o, 'mode', '') else o.tell()
-    if isinstance(o, (nn.Module,Tensor)) and o in in_model: return None
     if isinstance(o, Tensor): return o._version
-    if isinstance(o, nn.Module): o = [*o.parameters(), *o.buffers()]
-    if isinstance(o, dict): o = list(o.items())
-    if not isinstance(o, (list,tuple,L,set,frozenset,deque)): return None
-    marks = [_mark(x, in_model) for x in o]
+    items = _inside(o)
+    if not items or not depth: return None
+    marks = [_mark(x, known, depth-1) for x in items]
     return marks if any(m is not None for m in marks) else None
+
+def _inside(o):
+    "The objects that `o` consists of: tensors of a module, items of a collection, else attributes"
+    if isinstance(o, nn.Module): return [*o.parameters(), *o.buffers()]
+    if isinstance(o, dict): return list(o.items())
+    if isinstance(o, (list,tuple,L,set,frozenset,deque)): return list(o)
+    return list(vars(o).items()) if hasattr(o, '__dict__') else []
+
+def _known(learn):
+    "The ids of objects whose state is in a checkpoint, or is made anew for each validation"
+    model,rec = learn.model,getattr(learn, 'recorder', None)
+    metrics = [*rec._train_mets, *rec._valid_mets] if rec else []
+    return {id(o) for o in (learn.opt, *metrics, *model.modules(), *model.parameters(), *model.buffers())}
 
 def _left_out(learn, kept):
     "The marks of the attributes that are not among the `kept`, by name"
-    in_model = {*learn.model.modules(), *learn.model.parameters(), *learn.model.buffers()}
+    known = _known(learn)
     res = {}
     for part,o in _fit_parts(learn).items():
         for k,v in _attrs(o).items():
             if k in kept.get(part, ()): continue
             with suppress(Exception): # a diagnosis must not end a fit
-                res[f'{type(o).__name__}.{k} ({type(v).__name__})'] = _mark(v, in_model)
+                res[f'{type(o).__name__}.{k} ({type(v).__name__})'] = _mark(v, known)
     return res
 
 @patch
@@ -271,6 +287,7 @@ def before_fit(self:Checkpoint):
 @patch
 def before_train(self:Checkpoint):
     self.start = _loader_state(self.dl)
+    self.marks = _left_out(self.learn, {}) | self.marks # with those of attributes that are new, such as `MixUp`'s
 
 @patch
 def after_batch(self:Checkpoint):

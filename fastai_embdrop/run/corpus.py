@@ -103,15 +103,18 @@ def _folder_texts(path):
     "`train.txt`, `valid.txt` and an optional `test.txt` of a folder, or else all its `.txt` files, one in ten held out"
     files = sorted(get_text_files(path, recurse=False))
     names = {f.name for f in files}
-    if not files: raise ValueError(f'{path}: no .txt file in this folder{_where_texts_are(path)}')
+    unread = _unread(path)
+    if not files: raise ValueError(f'{path}: no .txt file in this folder' + (f' itself, and {unread}' if unread else ''))
+    if unread: warnings.warn(f'{path}: {unread}')
     if not names & {'train.txt','valid.txt'}: return _split_items([_read_text(f) for f in files])
     parts = ('train','valid','test') if 'test.txt' in names else ('train','valid')
     return tuple([_read_text(path/f'{o}.txt')] for o in parts)
 
-def _where_texts_are(path):
-    "A note on the folders in `path` that hold texts, if there are any"
-    names = sorted({f.relative_to(path).parts[0] for f in get_text_files(path)})
-    return f" itself, and the folders in it are not read ({', '.join(names[:4])})" if names else ''
+def _unread(path):
+    "A note on the folders in `path` that hold texts, other than runs; empty if there are none"
+    texts = [f for f in get_text_files(path) if not (f.parent/'config.json').exists()]
+    folders = sorted({f.relative_to(path).parts[0] for f in texts if f.parent!=path})
+    return f"the folders in it are not read ({', '.join(folders[:4])})" if folders else ''
 
 # %% ../../nbs/run/01_corpus.ipynb #3b19e648
 Corpus = namedtuple('Corpus', 'train valid test', defaults=[()])

@@ -21,7 +21,7 @@ class LMDistributedDL(DistributedDL):
     _default = 'dl'
     def __init__(self,
         dl:LMDataLoader, # Loader of the whole text; its `bs` is the number of rows of one rank
-        rank:int|None=None, # Which block of `bs` rows to read (None: that of this process's rank)
+        rank:int|None=None, # Which block of `bs` rows to read (None: this process's rank)
         world_size:int|None=None, # Number of ranks (None: the number of processes)
         device:str|torch.device|None=None # Device of the batches (None: `dl`'s)
     ):

@@ -34,7 +34,7 @@ class Settings:
     drop_mult:float=.5 # Multiplies all AWD-LSTM dropouts except embed_p
     embed_p:float=.02 # Embedding dropout: the probability that a word is dropped from a batch
     embed_p_end:float|None=None # Embedding dropout at the end of the training (None: embed_p throughout)
-    sched:str='cos' # Shape from embed_p to embed_p_end; adapt ignores both and finds embed_p, from 0 to 0.4
+    sched:str='cos' # Shape from embed_p to embed_p_end; adapt finds embed_p, from 0 to 0.4, and uses neither
     tok:str='spacy' # Tokenizer: spacy with fastai's rules, or split if spaces already separate the tokens
     max_vocab:int=60000 # Largest number of words in the vocabulary
     min_freq:int=3 # A word must occur this often in the training text to be in the vocabulary
@@ -77,6 +77,8 @@ def _check(s):
         if not least <= getattr(s, k) < 2**63: raise ValueError(f'{k}={getattr(s, k)}: not between {least} and 2**63')
     if not 0 < s.lr < math.inf: raise ValueError(f'lr={s.lr}: not a number above 0')
     for k,p in zip(('embed_p','embed_p_end'), s.ends): _check_p(p, k)
+    if s.sched in ('adapt','const') and s.embed_p_end is not None:
+        raise ValueError(f'embed_p_end={s.embed_p_end}: sched={s.sched} has no end, so it must be None')
     if s.sched=='exp' and 0 in s.ends: raise ValueError('sched=exp: embed_p and embed_p_end must be above 0')
     if os.path.realpath(s.data)==os.path.realpath(s.out): raise ValueError(f'out={s.out!r}: the data are there')
 
@@ -135,7 +137,7 @@ def _parser():
 _Args = namedtuple('_Args', 'settings show overwrite resume')
 
 def _parse_args(
-    argv:list|None=None # Arguments (None: those of the command)
+    argv:list|None=None # Arguments (None: `sys.argv[1:]`)
 )->_Args: # `Settings` and three switches
     "Read the command line: a flag overrides the settings file, and the file overrides the defaults"
     flags = vars(_parser().parse_args(argv))

@@ -148,7 +148,7 @@ def _load_if_finished(s, device):
 
 # %% ../../nbs/run/06_train.ipynb #34293bdb
 def main(
-    argv:list|None=None # Arguments (None: those of the command)
+    argv:list|None=None # Arguments (None: `sys.argv[1:]`)
 )->int|None: # Exit status
     "`embdrop-train`: status 2, and one line on stderr, for bad input; 130 after SIGINT, 143 after SIGTERM"
     with _signal_handlers(_end), warnings.catch_warnings():

@@ -6,12 +6,14 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from datetime import date
 from io import BytesIO
 from pathlib import Path
-import numpy as np, pytest, torch
+from types import ModuleType, SimpleNamespace
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, strategies as st
 from torch import nn
-from fastai.basics import (Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, L, Learner, OptimWrapper, accuracy,
-                           mse, set_seed)
+from fastai.basics import (AvgSmoothLoss, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, L, Learner,
+                           OptimWrapper, accuracy, mse, set_seed)
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.hook import Hook
 from fastai.callback.mixup import MixUp
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback, TerminateOnNaNCallback
@@ -325,7 +327,10 @@ state = {
     'dict':        (lambda: {'f':print},               total),
     'list':        (lambda: [random.Random(1)],        lambda o: o[0].random()),
     'Linear':      (lambda: nn.Linear(1,1),            grow),
-    'BytesIO':     (BytesIO,                           lambda o: o.write(b'a'))}
+    'BytesIO':     (BytesIO,                           lambda o: o.write(b'a')),
+    'DataFrame':   (lambda: pd.DataFrame(dict(a=[0])), lambda o: o.iloc.__setitem__((0,0), o.a[0]+1)),
+    'SimpleNamespace': (lambda: SimpleNamespace(n=0),  lambda o: vars(o).update(n=o.n+1)),
+    'AvgSmoothLoss':   (AvgSmoothLoss,                 lambda o: vars(o).update(count=o.count+1))}
 
 @pytest.mark.parametrize('name,make,change', [(k,*v) for k,v in state.items()], ids=state)
 def test_state_that_is_left_out_is_named_once(tmp_path, name, make, change):
@@ -339,6 +344,44 @@ def test_a_generator_of_torchs_is_named(tmp_path):
 def test_a_log_that_a_resumed_fit_would_write_anew_is_named(tmp_path):
     assert not_kept(tmp_path, CSVLogger())==['CSVLogger.file (TextIOWrapper)']
     assert not_kept(tmp_path, CSVLogger(append=True))==[]
+
+class Drawn(Callback):
+    "Like fastai's `ShowGraphCallback`, draws the losses into a figure that it keeps"
+    def before_fit(self):
+        self.fig,self.ax = plt.subplots()
+        self.line, = self.ax.plot([])
+    def after_batch(self):
+        self.line.set_data(range(len(self.recorder.losses)), self.recorder.losses)
+        self.ax.set_xlim(0, len(self.recorder.losses)+1)
+    def after_fit(self): plt.close(self.fig)
+
+def called(): called.n += 1
+called.n = 0
+
+class Refers(Callback):
+    "Refers to what a checkpoint holds elsewhere, to what is made again, and to code that counts its calls"
+    n = 0
+    def before_fit(self):
+        learn,rec = self.learn,self.recorder
+        self.refs = SimpleNamespace(learn=learn, opt=learn.opt, model=learn.model, dls=learn.dls, recorder=rec, me=self,
+                                    smooth=rec.smooth_loss, loss=rec.loss, metrics=list(learn.metrics))
+        self.valid,self.modules_by_name = self.dls.valid,{'encoder':self.model[0]}
+        self.code = SimpleNamespace(cls=Refers, func=called, module=ModuleType('counts'))
+        self.hook = Hook(self.model[0], lambda m, inp, out: self.train_iter)
+    def before_batch(self):
+        called()
+        Refers.n = self.code.module.n = called.n
+    def after_fit(self): self.hook.remove()
+
+def test_figures_and_references_are_not_named(tmp_path): assert not_kept(tmp_path, Drawn(), Refers())==[]
+
+def test_an_object_that_contains_itself_is_marked(tmp_path):
+    def ring():
+        o = SimpleNamespace(n=0)
+        o.next = SimpleNamespace(next=o)
+        return o
+    for change,named in [(lambda o: None, []), (lambda o: vars(o).update(n=o.n+1), ['Changing.held (SimpleNamespace)'])]:
+        assert not_kept(tmp_path, changing(ring, change))==named
 
 def test_what_is_kept_is_not_named(tmp_path): assert not_kept(tmp_path, Various())==[]
 

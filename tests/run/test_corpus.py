@@ -91,9 +91,16 @@ def test_texts_in_folders_of_the_folder_are_pointed_out(tmp_path, names):
         (tmp_path/o/'1.txt').write_text('A fine film.')
     listed = ', '.join(sorted({o.split('/')[0] for o in names}))
     with pytest.raises(ValueError, match=rf'the folders in it are not read \({listed}\)$'): read_corpus(tmp_path)
-    (tmp_path/'all.txt').write_text(words(50))
-    (tmp_path/'more.txt').write_text(words(50))
-    assert read_corpus(tmp_path)==([words(50)], [words(50)], ()), 'with texts of its own, those are read'
+    for o in 'urls_pos','urls_neg': (tmp_path/f'{o}.txt').write_text(words(50))
+    with pytest.warns(UserWarning, match=rf'^{tmp_path}: the folders in it are not read \({listed}\)$'):
+        assert read_corpus(tmp_path)==([words(50)], [words(50)], ()), 'with texts of its own, those are read'
+
+def test_the_texts_of_runs_are_not_pointed_out(files):
+    "A run in the folder of its data holds sample.txt, which nobody means to train on"
+    for o in 'run','runs/1':
+        (files/o).mkdir(parents=True)
+        for f in 'config.json','sample.txt': (files/o/f).write_text('{}')
+    assert len(read_corpus(files).train)==18
 
 # What is held out
 
@@ -188,7 +195,8 @@ def test_nothing_is_written_or_trusted_beside_the_text(tmp_path):
     for i in range(20): (data/f'{i}.txt').write_text(words(10))
     (data/'data_tok'/'0.txt').write_text('planted')
     before = contents(tmp_path)
-    lm_dataloaders(*map(tokenize, read_corpus(data)), min_freq=1, bs=2, seq_len=4, device='cpu')
+    with pytest.warns(UserWarning, match=r'not read \(data_tok\)'): corpus = read_corpus(data)
+    lm_dataloaders(*map(tokenize, corpus), min_freq=1, bs=2, seq_len=4, device='cpu')
     assert contents(tmp_path)==before
 
 @pytest.mark.parametrize('texts,tok,error,msg', [('one string','spacy',TypeError,'texts is one string'),

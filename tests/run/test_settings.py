@@ -46,7 +46,9 @@ def test_help_documents_each_setting(capsys):
     for k,v in vars(Settings()).items(): assert docs[k] and f'--{k} ' in text and f'{docs[k]} (default: {v})' in text
 
 def test_every_shape_of_the_library_has_a_flag():
-    for name in shapes: assert _parse_args(['--sched', name, '--embed_p', '.5', '--embed_p_end', '.1'])[0].sched==name
+    for name in shapes:
+        end = [] if name=='const' else ['--embed_p_end', '.1']
+        assert _parse_args(['--sched', name, '--embed_p', '.5', *end])[0].sched==name
 
 # What is refused
 
@@ -66,6 +68,14 @@ def test_bad_setting(capsys, tmp_path, text, flag, value, msg):
 @pytest.mark.parametrize('kw', [dict(embed_p=0), dict(embed_p_end=0)])
 def test_exponential_schedule_needs_both_ends(capsys, kw):
     assert 'embed_p and embed_p_end must be above 0' in fails(capsys, *flags(sched='exp', **kw))
+
+@pytest.mark.parametrize('sched', ['adapt','const'])
+def test_a_schedule_without_an_end_takes_none(capsys, tmp_path, sched):
+    msg = fails(capsys, *flags(out=tmp_path/'run', sched=sched, embed_p=.3, embed_p_end=.1))
+    assert msg==f'embdrop-train: embed_p_end=0.1: sched={sched} has no end, so it must be None\n'
+    kept = _parse_args([str(root/'settings.ini'), '--sched', sched, '--embed_p_end', 'None'])[0]
+    assert kept.ends==(.1,.1), 'over a file that has an end'
+    assert Settings(sched=sched, embed_p=.3).ends==(.3,.3)
 
 @pytest.mark.parametrize('ini,msg', [
     ('[train]\nepoch = 3', 'unknown key epoch'), ('[train]\nepochs = three', "epochs='three'"),
