@@ -14,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.testing import assert_close
 from fastai_embdrop import dropout
 from fastai_embdrop.awdlstm import awd_lstm_lm
-from fastai_embdrop.dropout import EmbeddingDropout, mask_keys, splitmix64
+from fastai_embdrop.dropout import EmbeddingDropout, _check_per, mask_keys, splitmix64
 from fastai_embdrop.embeddings import add_embedding_dropout
 from conftest import SMALL, compiling, graphs, needs_compiler
 
@@ -207,10 +207,21 @@ def test_a_held_mask_still_draws():
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
 
+def test_nothing_is_drawn_at_0():
+    "So random numbers after it are as without the module"
+    m,before = module(0),torch.get_rng_state()
+    m(torch.arange(5))
+    assert torch.equal(torch.get_rng_state(), before)
+
+def test_one_sequence_alone_shares_masks_by_word():
+    lost = gone(module(per='sequence', V=1000), torch.arange(1000).repeat(2))
+    assert torch.equal(lost[:1000], lost[1000:]) and 0 < lost.sum() < 2000
+
 bad = [(dict(per='word'), "per='word'"), (dict(per='token', hold=True), 'hold=True needs')]
 @pytest.mark.parametrize('kw,msg', bad)
 def test_bad_choices_refused(kw, msg):
     with pytest.raises(ValueError, match=msg): module(**kw)
+    assert _check_per('token')=='token' # nothing is held unless asked for
 
 def test_repr_has_what_differs_from_the_default():
     assert module(.1).extra_repr()=='embed_p=0.1'

@@ -212,10 +212,11 @@ def test_gradient_checkpointing_changes_nothing(kw, reentrant):
     for a,b in zip(*grads): assert torch.equal(a, b)
 
 @pytest.mark.parametrize('kw', choices, ids=str)
-@pytest.mark.parametrize('how', ['assign', 'to_empty', 'weight replaced'])
+@pytest.mark.parametrize('how', ['assign', 'assign, then move', 'to_empty', 'weight replaced'])
 def test_made_on_meta_it_works(kw, how):
     source,m = nn.Embedding(V, D),EmbeddingDropout(nn.Embedding(V, D, device='meta'), .3, **kw)
-    if how=='assign': m.load_state_dict({'emb.weight':source.weight.detach()}, assign=True)
+    if how.startswith('assign'): m.load_state_dict({'emb.weight':source.weight.detach()}, assign=True)
+    if how=='assign, then move': m.to('cpu')
     if how=='to_empty': m.to_empty(device='cpu').load_state_dict({'emb.weight':source.weight.detach()})
     if how=='weight replaced': m.emb.weight = source.weight
     out = m(torch.arange(V))
