@@ -51,21 +51,14 @@ def find_dropouts(
     return res
 
 # %% ../nbs/03_anneal.ipynb #158a8466
-def _base_p(
-    m:nn.Module, # A module that a scheduler may have moved
-    attr:str, # Name of a dropout probability of `m`
-)->float: # The value that was configured
+def _base_p(m, attr):
     "The value of `attr` before a scheduler moved it; a value assigned since then counts as configured"
     now = getattr(m, attr)
     annealed = vars(m).get('_annealed', {})
     base,applied = annealed.get(attr, (now,now))
     return base if now==applied else now
 
-def _set_p(
-    m:nn.Module, # A module
-    attr:str, # Name of a dropout probability of `m`
-    p:float, # Its value from now on
-):
+def _set_p(m, attr, p):
     "Set `attr` of `m` to `p`, and remember the configured value for `_base_p`"
     if p==getattr(m, attr): return
     annealed = vars(m).setdefault('_annealed', {})

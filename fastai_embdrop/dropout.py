@@ -17,20 +17,14 @@ from torch.nn import functional as F
 from torch.nn.modules import module as nn_module
 
 # %% ../nbs/00_dropout.ipynb #d25d63e7
-def _check_p(
-    p:float, # A number in [0, 1]
-    name:str='embed_p' # What to call it in the error
-)->float: # `p` as a float
-    "`p`, or a `ValueError` that shows `name` and `p` if it is not in [0, 1]"
+def _check_p(p, name='embed_p'):
+    "`p` as a float, or a `ValueError` that shows `name` and `p` if it is not in [0, 1]"
     is_number = isinstance(p, Real) and not isinstance(p, bool)
     is_probability = is_number and 0 <= p <= 1
     if not is_probability: raise ValueError(f'{name}={p!r}: a probability is a number in [0, 1]')
     return float(p)
 
-def _check_per(
-    per:str, # Which positions share a mask: 'batch', 'sequence' or 'token'
-    hold:bool=False # Keep one mask over several calls?
-)->str: # `per`
+def _check_per(per, hold=False):
     "`per`, or a `ValueError` if it is unknown, or if `hold` is combined with 'token'"
     if per not in ('batch','sequence','token'): raise ValueError(f"per={per!r}: it is 'batch', 'sequence' or 'token'")
     if hold and per=='token': raise ValueError("hold=True needs words that share a mask: with per='token' none do")

@@ -63,12 +63,7 @@ def SchedPiecewise(
     return lambda pct: float(np.interp(pct, pcts, ps))
 
 # %% ../nbs/02_schedules.ipynb #549b1b8b
-def _eval_sched(
-    sched:Callable, # A schedule
-    pct:float, # Fraction of the training done, in [0, 1]
-    key:str='embed_p', # What the schedule moves, named in the error
-    most:float=1., # The largest factor that the value will be multiplied by
-)->float: # The schedule's value
+def _eval_sched(sched, pct, key='embed_p', most=1.):
     "`sched(pct)`; a `ValueError` with `key` and `pct` if it fails, or if its value times `most` is outside [0, 1]"
     try:
         value = float(sched(pct))
@@ -94,9 +89,7 @@ def _takes_start_and_end(f):
     except (TypeError, ValueError): return False # no function, or one of other arguments
     return True
 
-def _check_shape(
-    shape:Callable, # A function of (start, end) that returns a schedule
-)->Callable: # `shape` itself
+def _check_shape(shape):
     "`shape`; a `ValueError` that shows what to write if it does not take a start and an end"
     if _takes_start_and_end(shape): return shape
     name  = getattr(shape, '__name__', repr(shape))
@@ -106,10 +99,7 @@ def _check_shape(
                      f"use sched={right}, or DropoutScheduler({{'embed_p': ...}}) for a schedule")
 
 # %% ../nbs/02_schedules.ipynb #08543360
-def _check_sched(
-    sched:Callable, # A schedule
-    key:str='embed_p', # What the schedule moves, named in the error
-)->Callable: # `sched` itself
+def _check_sched(sched, key='embed_p'):
     "`sched`; a `ValueError` for fastai's `SchedExp` from or to 0"
     is_exp = getattr(sched, 'f', None) is sched_exp
     if is_exp and not (sched.start and sched.end):
