@@ -59,11 +59,8 @@ def feedback_p(
     return min(ps[-1], early[-1]) if early else ps[-1]
 
 # %% ../nbs/06_adapt.ipynb #c1229b7d
-def _sample_batches(
-    dl:DataLoader|torch_data.DataLoader, # fastai's or PyTorch's
-    n:int, # Batches to take at most
-)->list: # Batches, the same ones at each call
-    "The first batches of a language model's loader; of other loaders, batches of items that are spread evenly"
+def _sample_batches(dl, n):
+    "At most `n` batches, the same at each call: the first of a language model's loader, else of items spread evenly"
     with no_random(reproducible=False):
         dl = _undivided(dl)
         if not isinstance(dl, TfmdDL) or dl.n is None: return list(islice(dl, n))
@@ -168,11 +165,8 @@ def _hold_out_items(dl, share):
 
 def _part(items, idxs): return items.iloc[idxs] if hasattr(items, 'iloc') else torch_data.Subset(items, idxs)
 
-def _hold_out(
-    dl:DataLoader, # Training loader
-    share:float, # Share of its data, above 0 and below 1
-)->tuple: # Two loaders like `dl`: training data and control data
-    "Hold out a share of `dl`: the last words of a language model, whose texts are kept in memory, else spread items"
+def _hold_out(dl, share):
+    "Two loaders like `dl`, the second with a share of its data: a language model's last words, else spread items"
     if not isinstance(dl, TfmdDL) or dl.n is None:
         raise ValueError(f'control={share} needs a fastai loader of items: give a `DataLoader`')
     parts = _hold_out_text(dl, share) if _is_lm(dl) else _hold_out_items(dl, share)
@@ -310,7 +304,7 @@ def plot(self:AdaptEmbedP,
     ax.plot(pcts, train, '--', label='training loss')
     twin = ax.twinx()
     twin.step(pcts, ps, ':', color='tab:red')
-    twin.set(ylim=(0,1), ylabel='probability (dotted)')
+    twin.set(ylim=(-.03,1), ylabel='probability (dotted)')
     ax.set(xlabel='fraction of the fit', ylabel='loss')
     ax.legend()
     return ax
