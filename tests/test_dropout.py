@@ -138,7 +138,8 @@ def test_float_words_are_torchs_error():
     with pytest.raises(RuntimeError): small()(torch.tensor([1.]))
 
 no_embeddings = [(10, 'emb=10: use an nn.Embedding'), (nn.EmbeddingBag(10, D), 'it sums the words'),
-                 (nn.LayerNorm(D), r'emb=LayerNorm.* with a weight of shape'), (torch.zeros(10, D), 'an nn.Embedding')]
+                 (nn.LayerNorm(D), r'emb=LayerNorm.* with a weight of shape'), (torch.zeros(10, D), 'an nn.Embedding'),
+                 (nn.Conv1d(D, 10, 3), r'emb=Conv1d.* with a weight of shape')]
 @pytest.mark.parametrize('emb,msg', no_embeddings)
 def test_what_is_no_embedding_is_refused(emb, msg):
     with pytest.raises(TypeError, match=msg): EmbeddingDropout(emb, .5)
