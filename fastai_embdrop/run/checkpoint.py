@@ -146,7 +146,10 @@ def _fit_parts(learn):
     metrics = learn.recorder._train_mets if hasattr(learn, 'recorder') else []
     named = dict(callback=[(o.name,o) for o in _other_cbs(learn)], metric=[(o.name,o) for o in metrics],
                  module=get_model(learn.model).named_modules())
-    return {f'{kind} {i} {name}':o for kind,objects in named.items() for i,(name,o) in enumerate(objects)}
+    res = {}
+    for kind,objects in named.items():
+        res.update({f'{kind} {i} {name}':o for i,(name,o) in enumerate(objects)})
+    return res
 
 # %% ../../nbs/run/03_checkpoint.ipynb #63efb9c0
 def _plain_grads(model):
@@ -155,7 +158,8 @@ def _plain_grads(model):
     dense = [k for k,g in grads.items() if g is not None and not g.is_sparse]
     nonzero = torch.stack([grads[k].any() for k in dense]).cpu().tolist() if dense else [] # one copy for all
     zeros = {k for k,is_nonzero in zip(dense, nonzero) if not is_nonzero}
-    return {k: 0 if k in zeros else _to_plain(g) for k,g in grads.items()}
+    plain = {k: _to_plain(g) for k,g in grads.items() if k not in zeros}
+    return {k: plain.get(k, 0) for k in grads}
 
 def _set_grads(model, grads):
     "Restore gradients from `_plain_grads`"
@@ -287,7 +291,7 @@ def before_fit(self:Checkpoint):
 @patch
 def before_train(self:Checkpoint):
     self.start = _loader_state(self.dl)
-    self.marks = _left_out(self.learn, {}) | self.marks # with those of attributes that are new, such as `MixUp`'s
+    self.marks = _left_out(self.learn, {}) | self.marks # new attributes too, such as `MixUp`'s
 
 @patch
 def after_batch(self:Checkpoint):
@@ -368,7 +372,9 @@ def _signal_handlers(
 ): # The handlers that it replaces, by signal
     "Inside this context, `handler` gets SIGINT and SIGTERM. Outside the main thread, nothing changes"
     in_main = threading.current_thread() is threading.main_thread()
-    old = {n: signal.signal(n, handler) for n in (signal.SIGINT,signal.SIGTERM)} if in_main else {}
+    old = {}
+    if in_main:
+        for n in signal.SIGINT,signal.SIGTERM: old[n] = signal.signal(n, handler)
     try: yield old
     finally:
         for n,h in old.items(): signal.signal(n, h)
@@ -378,7 +384,8 @@ def _signal_handlers(
 def signals(self:Checkpoint):
     "Inside this context, the first SIGINT or SIGTERM waits for a checkpoint after the batch (in a single process)"
     alone = num_distrib()<2
-    with _signal_handlers(self._on_signal) if alone else nullcontext() as self.handlers: yield
+    waiting = _signal_handlers(self._on_signal) if alone else nullcontext()
+    with waiting as self.handlers: yield
     if self.signal: self._stop_now()
 
 @patch

@@ -71,8 +71,10 @@ def docstrings(
         warnings.simplefilter('ignore') # about invalid escapes in strings that are not ours
         tree = ast.parse(source)
     docs = [ast.get_docstring(o) or '' for o in ast.walk(tree) if isinstance(o, _documented)]
-    words = [[w for w in d.split() if not _underline.fullmatch(w)] for d in docs]
+    words = map(_words_of, docs)
     return [' '.join(o) for o in words if len(o)>=min_words]
+
+def _words_of(doc): return [w for w in doc.split() if not _underline.fullmatch(w)]
 
 # %% ../../nbs/run/01_corpus.ipynb #6656d556
 def _unseen_docs(files, seen):

@@ -164,6 +164,7 @@ def classifier_from_lm(
     return learn
 
 def _clas_config(lm):
-    "`awd_lstm_clas_config` with the sizes of the language model `lm`"
+    "`awd_lstm_clas_config` with the sizes and directions of the language model `lm`"
     enc = lm.model[0]
-    return {**awd_lstm_clas_config, 'emb_sz':enc.emb_sz, 'n_hid':enc.n_hid, 'n_layers':enc.n_layers}
+    shape = dict(emb_sz=enc.emb_sz, n_hid=enc.n_hid, n_layers=enc.n_layers, bidir=enc.n_dir==2)
+    return {**awd_lstm_clas_config, **shape}

@@ -1,6 +1,6 @@
 """`embdrop-train`: a language model on real text, with embedding dropout that can change during the training
 
-`train_lm` trains a model as its `Settings` say and writes a [folder](05_folder.ipynb). `embdrop-train` does the same from the command line.
+`train_lm` trains a model as its `Settings` say and writes the folder of a run. `embdrop-train` does the same from the command line.
 
 Docs: https://fastai-embdrop.github.io/fastai_embdrop/run/train.html.md"""
 
@@ -39,14 +39,14 @@ def train_lm(
     out = _check_out_dir(s.out, overwrite, resume)
     started = time.time()
     learn,config = _prepare(s, device)
-    with _maybe_distrib(learn): pass # raises if the text is too short for all processes
+    _check_distrib(learn)
     out.mkdir(parents=True, exist_ok=True)
     with run_lock(out), _bars_or_lines(learn):
         _fit(learn, s, out, config, resume)
         if rank_distrib(): return learn
         with modified_env('WORLD_SIZE'): _save_run(learn, out, config) # or fastai would wait for the other ranks
         for f in _checkpoint_files: (out/f).unlink(missing_ok=True)
-    print(_line(config['results']), f'time {format_time(time.time()-started)}', sep=', ')
+    print(_shown(config['results']), f'time {format_time(time.time()-started)}', sep=', ')
     print(*(out/f for f in _run_files), sep='\n')
     return learn
 
@@ -104,13 +104,19 @@ def _maybe_distrib(learn):
     from fastai_embdrop.run.distrib import lm_distrib_ctx
     return lm_distrib_ctx(learn)
 
+def _check_distrib(learn):
+    "Raise a `ValueError` if the text is too short for the rows of all processes"
+    with _maybe_distrib(learn): return
+
 # %% ../../nbs/run/06_train.ipynb #2fca2532
-def _line(results): return ', '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k,v in results.items())
+def _shown(results): return ', '.join(f'{k} {_rounded(v)}' for k,v in results.items())
+
+def _rounded(v): return f'{v:.4g}' if isinstance(v, float) else v
 
 @contextmanager
 def _bars_or_lines(learn):
     "In a terminal or a notebook, fastai's progress bars; elsewhere a line per epoch"
-    def log(values): print(_line(dict(zip(learn.recorder.metric_names, values))))
+    def log(values): print(_shown(dict(zip(learn.recorder.metric_names, values))))
     if sys.stdout.isatty() or IN_NOTEBOOK: yield
     else:
         with learn.no_bar(), learn.no_logging(): # which gives the old logger back

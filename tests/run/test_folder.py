@@ -12,7 +12,7 @@ from fastai_embdrop.run.folder import (_clas_config as clas_config, _read_settin
                                        load_run, _run_files)
 from fastai_embdrop.run.settings import Settings
 from fastai_embdrop.run.train import train_lm
-from conftest import random_tokens
+from conftest import SMALL, random_tokens, small_dls
 from running import TINY, Bomb, run, text
 
 @pytest.fixture
@@ -132,6 +132,14 @@ def test_the_same_as_fastais_way(run, reviews, tmp_path):
     assert list(a)==list(b) and all(torch.equal(a[k], b[k]) for k in a)
     def trainable(learn): return [p.requires_grad for p in learn.model.parameters()]
     assert trainable(ours)==trainable(theirs) and {*trainable(ours)}=={True, False}
+
+def test_a_classifier_of_a_bidirectional_model(reviews):
+    lm = awd_lstm_learner(small_dls(), {**SMALL, 'bidir':True})
+    learn = classifier_from_lm(lm, clas_loaders(reviews, lm), metrics=accuracy)
+    encoder = learn.model[0].module
+    assert encoder.n_dir==2
+    for k,v in lm.model[0].state_dict().items(): assert torch.equal(encoder.state_dict()[k], v), k
+    learn.fit(1)
 
 def test_a_classifier_of_other_words_is_refused(run, reviews):
     lm = load_run(run[0], 'cpu')
