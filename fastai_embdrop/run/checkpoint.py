@@ -367,10 +367,8 @@ def _rest_of_epoch(self:Checkpoint):
 
 # %% ../../nbs/run/03_checkpoint.ipynb #6eb1968c
 @contextmanager
-def _signal_handlers(
-    handler:Callable # Called with the signal's number and the stack frame
-): # The handlers that it replaces, by signal
-    "Inside this context, `handler` gets SIGINT and SIGTERM. Outside the main thread, nothing changes"
+def _signal_handlers(handler):
+    "Inside this context, `handler` gets SIGINT and SIGTERM; its value has the old handlers. Only in the main thread"
     in_main = threading.current_thread() is threading.main_thread()
     old = {}
     if in_main:

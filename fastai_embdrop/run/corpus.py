@@ -106,7 +106,8 @@ def _folder_texts(path):
     files = sorted(get_text_files(path, recurse=False))
     names = {f.name for f in files}
     unread = _unread(path)
-    if not files: raise ValueError(f'{path}: no .txt file in this folder' + (f' itself, and {unread}' if unread else ''))
+    itself = f' itself, and {unread}' if unread else ''
+    if not files: raise ValueError(f'{path}: no .txt file in this folder{itself}')
     if unread: warnings.warn(f'{path}: {unread}')
     if not names & {'train.txt','valid.txt'}: return _split_items([_read_text(f) for f in files])
     parts = ('train','valid','test') if 'test.txt' in names else ('train','valid')
@@ -151,9 +152,7 @@ def _mark_line_ends(t:str)->str:
     "Turn each line end into a token of its own"
     return t.replace('\n', f' {EOS} ')
 
-def _tokenizer(
-    tok:str='spacy' # `spacy`: fastai's default, with its rules; `split`: tokens are already separated by spaces
-)->Tokenizer: # Called with one text, it returns its tokens
+def _tokenizer(tok):
     "fastai's `Tokenizer` for `tok`; a `ValueError` if there is no such tokenizer"
     if tok=='spacy': return Tokenizer(SpacyTokenizer())
     if tok=='split': return Tokenizer(BaseTokenizer(split_char=None), rules=[_mark_line_ends])

@@ -59,19 +59,15 @@ def load_weights(
         return wgts
 
 # %% ../../nbs/run/00_files.ipynb #fef4a3d3
-def _read_text(
-    path:str|Path # A file of UTF-8 text
-)->str: # Without a byte order mark; each line ends in `\n`
-    "The text of a file; a `ValueError` names the file if it is empty or not UTF-8"
+def _read_text(path):
+    "The text of a file, its lines ended by `\\n`; a `ValueError` names the file if it is empty or not UTF-8"
     try: text = Path(path).read_text(encoding='utf-8-sig')
     except UnicodeDecodeError as e: raise ValueError(f'{path}: not UTF-8 at byte {e.start}') from None
     if not text.strip(): raise ValueError(f'{path}: no text in it')
     return text
 
 # %% ../../nbs/run/00_files.ipynb #aa252413
-def _read_json(
-    path:str|Path # A file of JSON
-)->object: # The value in it
+def _read_json(path):
     "Parse a JSON file; a `ValueError` names the file if it is not valid"
     text = _read_text(path)
     try: return json.loads(text)
@@ -112,11 +108,8 @@ def write_atomic(
     finally:
         with suppress(OSError): tmp.unlink()
 
-def _write_text(
-    path:str|Path, # File to write
-    text:str # Written as UTF-8
-)->None:
-    "`write_atomic` for text"
+def _write_text(path, text):
+    "`write_atomic` for text, as UTF-8"
     write_atomic(path, lambda f: f.write(text.encode()))
 
 # %% ../../nbs/run/00_files.ipynb #cbb26d8e

@@ -19,11 +19,8 @@ from .files import load_weights,_read_json,read_vocab,write_atomic,_write_text
 from .settings import Settings,_check_keys,find_device
 
 # %% ../../nbs/run/05_folder.ipynb #1c197678
-def _run_learner(
-    dls:DataLoaders, # Language-model loaders
-    s:Settings # Settings of the run
-)->LMLearner: # Untrained
-    "The `Learner` of a run"
+def _run_learner(dls, s):
+    "The untrained `Learner` of a run with settings `s`"
     return awd_lstm_learner(dls, _sizes(s), s.drop_mult, path=s.out, metrics=Perplexity())
 
 def _sizes(s): return dict(emb_sz=s.emb_sz, n_hid=s.n_hid, n_layers=s.n_layers)
@@ -33,12 +30,8 @@ _run_files = 'config.json','history.csv','losses.png','model.pth','sample.txt','
 
 def _present(out, names): return [f for f in names if (out/f).exists()]
 
-def _check_out_dir(
-    out:str|Path, # Folder for a run
-    overwrite:bool=False, # May it hold a run?
-    resume:bool=False # May it hold an unfinished run?
-)->Path: # `out`
-    "Raise an `OSError` if `out` holds a run that may not be replaced, or cannot be written to"
+def _check_out_dir(out, overwrite=False, resume=False):
+    "`out` as a path; an `OSError` if it holds a run that may not be replaced, or cannot be written to"
     out = Path(out)
     unfinished = _present(out, _checkpoint_files)
     may_replace = overwrite or (resume and unfinished)
@@ -51,12 +44,8 @@ def _check_out_dir(
     return out
 
 # %% ../../nbs/run/05_folder.ipynb #6d38d923
-def _save_run(
-    learn:LMLearner, # Just trained
-    out:Path, # Folder
-    config:dict # Content of `config.json`; this adds `results`
-)->None:
-    "Write all files of a run except `history.csv`, which grows during the training"
+def _save_run(learn, out, config):
+    "Write all files of a run except `history.csv`, which grows in training; the results are added to `config`"
     rec = learn.recorder
     results = config.setdefault('results', {})
     results.update(zip(rec.metric_names[1:], rec.values[-1]))

@@ -85,10 +85,7 @@ def _check(s):
 # %% ../../nbs/run/02_settings.ipynb #ac82f89c
 _renamed = dict(start='embed_p', end='embed_p_end')
 
-def _check_keys(
-    keys:Iterable, # Names of settings
-    source:str|Path # Where they come from, for the error
-)->None:
+def _check_keys(keys, source):
     "Raise a `ValueError` if a key is no setting; it names `source`, the key and, for an old name, the new one"
     known = {f.name for f in fields(Settings)}
     for k in keys:
@@ -136,9 +133,7 @@ def _parser():
 
 _Args = namedtuple('_Args', 'settings show overwrite resume')
 
-def _parse_args(
-    argv:list|None=None # Arguments (None: `sys.argv[1:]`)
-)->_Args: # `Settings` and three switches
+def _parse_args(argv=None):
     "Read the command line: a flag overrides the settings file, and the file overrides the defaults"
     flags = vars(_parser().parse_args(argv))
     ini,show,overwrite,resume = [flags.pop(k) for k in ('ini','show','overwrite','resume')]
