@@ -175,6 +175,12 @@ def test_a_failed_measurement_leaves_nothing_either():
     with pytest.raises(ZeroDivisionError): eval_loss(learn, batches)
     assert learn.model.training and learn.model[0].hidden is hidden and not hasattr(learn, 'xb')
 
+def test_no_graph_is_built():
+    learn,seen = lm(),[]
+    learn.add_cb(Callback(after_pred=lambda self: seen.append(self.pred.requires_grad)))
+    eval_loss(learn, _sample_batches(learn.dls.valid, 1))
+    assert seen==[False]
+
 class Skip(Callback):
     "Cancels validation batches of which `which` says so"
     def __init__(self, which): self.which,self.cancelled = which,0
@@ -247,6 +253,13 @@ def test_other_loaders_give_their_first_batches():
     dl = torch.utils.data.DataLoader(xs, batch_size=2)
     assert [x.flatten().tolist() for x,_ in _sample_batches(dl, 2)]==[[0, 1], [2, 3]]
 
+def test_a_sample_has_a_batch_for_every_250(monkeypatch):
+    monkeypatch.setattr(adapt, '_most_batches', 99)
+    learn,cb = lm(),AdaptEmbedP()
+    learn.add_cb(cb)
+    learn.n_epoch = 249
+    assert len(cb._draw().train)==249*25//250==24
+
 @pytest.mark.parametrize('epochs,n', [(1, 1), (19, 1), (20, 2), (30, 3), (200, 8)])
 def test_size_of_the_samples(epochs, n):
     learn,cb = lm(),AdaptEmbedP()
@@ -306,6 +319,10 @@ def test_it_may_fall_after_until():
     history = [(.5, 0., 5., 5.), (.6, 0., 4., 6.)]
     assert feedback_p(history)==.4 and feedback_p(history+[(.7, 0., 5., 5.), (.8, 0., 5., 5.), (.9, 0., 5., 5.)]) < .2
 
+def test_what_falls_after_until_does_not_raise_what_was_before():
+    history = [(.2, 0., 0., 1.), (.4, 0., 0., 1.1), (.7, 0., 0., .5), (.8, 0., 0., 2.)]
+    assert feedback_p(history, ema=0.)==pytest.approx(4*(.1-.06))
+
 def test_moving_average():
     assert smoothed([], .3)==[] and smoothed([2.], .3)==[2.]
     assert smoothed([1., 2., 3.], .3)==pytest.approx([1, 1.7, .51+2.1])
@@ -356,6 +373,11 @@ def test_items_held_out(make):
     assert (len(train.dataset), len(control.dataset))==(n-round(n/4), round(n/4)) and train.shuffle and train.bs==dl.bs
     def rows(dl): return sorted(str(b[0].tolist()) for b in dl.new(shuffle=False, drop_last=False, bs=1))
     assert sorted(rows(train)+rows(control))==rows(dl)
+
+def test_items_held_out_are_spread():
+    dl = DataLoaders.from_dsets(list(range(10)), [0], bs=2, device='cpu', num_workers=0).train
+    train,control = _hold_out(dl, .3)
+    assert list(control.dataset)==[0, 3, 6] and list(train.dataset)==[1, 2, 4, 5, 7, 8, 9]
 
 def test_training_never_sees_what_is_held_out():
     learn,seen = tabular(),[]
@@ -535,6 +557,29 @@ def one_loader():
     learn.dls = DataLoaders(learn.dls.train)
     return learn
 
+def test_a_third_loader_does_not_matter():
+    learn = lm()
+    learn.dls = DataLoaders(*learn.dls.loaders, learn.dls.valid)
+    cb = AdaptEmbedP()
+    learn.fit(1, cbs=cb)
+    assert cb.history
+
+@pytest.mark.parametrize('n', [1, 2, 3])
+def test_of_several_processes_the_first_one_counts(n, monkeypatch):
+    def broadcast(box): box[0] = 'of process 0'
+    monkeypatch.setattr(adapt, 'num_distrib', lambda: n)
+    monkeypatch.setattr(torch.distributed, 'broadcast_object_list', broadcast)
+    assert adapt._of_rank_0('own')==('own' if n==1 else 'of process 0')
+
+@pytest.mark.parametrize('n', [0, 1, 2])
+def test_a_share_is_for_one_process(n, monkeypatch):
+    learn,cb = lm(),AdaptEmbedP(control=.25)
+    learn.add_cb(cb)
+    monkeypatch.setattr(adapt, 'num_distrib', lambda: n)
+    if n<2: assert cb._control_dl()
+    else:
+        with pytest.raises(ValueError, match='in several processes give'): cb._control_dl()
+
 def test_no_control_data():
     with pytest.raises(ValueError, match='no control data: the Learner has no validation set'):
         one_loader().fit(1, cbs=AdaptEmbedP())
@@ -576,3 +621,5 @@ def test_plot():
         (pcts, control, 'control loss'), (pcts, train, 'training loss')]
     twin = next(o for o in ax.figure.axes if o is not ax)
     assert twin.lines[0].get_ydata().tolist()==ps and cb.plot(ax) is ax
+    low,high = twin.get_ylim()
+    assert low < 0 < 1 <= high
