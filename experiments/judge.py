@@ -36,7 +36,7 @@ def best_constant(df, cell):
     return outcomes(df, cell).loc[range(3), list(constants)].mean().idxmin()
 
 def regret(df, cell, arm, column='outcome'):
-    "Percent by which `column` of `arm` is above the last epoch of the best constant: mean, half of its 95 % interval"
+    "Percent by which `column` of `arm` is above the last epoch of the best constant: mean, half of its 95% interval"
     ref = outcomes(df, cell)[best_constant(df, cell)]
     pct = 100*(outcomes(df, cell, column)[arm]/ref - 1).dropna()
     half = student.ppf(.975, len(pct)-1)*pct.std()/math.sqrt(len(pct))
@@ -78,7 +78,7 @@ def verdicts(df):
     found = {name:domain_verdict(df, name) for name in dict.fromkeys(map(kind, cells))}
     waiting = [name for name,verdict in found.items() if verdict is None]
     judged = {name:verdict for name,verdict in found.items() if verdict is not None}
-    said = [f"{'succeeds' if ok else 'fails'} for {name} (mean regret {mean:.1f} %, worst {high:.1f} ± {half:.1f} %)"
+    said = [f"{'succeeds' if ok else 'fails'} for {name} (mean regret {mean:.1f}%, worst {high:.1f} ± {half:.1f}%)"
             for name,(ok,mean,high,half) in judged.items()]
     sentences = []
     if said: sentences.append(f"{label('E3cap')} {'; it '.join(said)}.")
@@ -89,7 +89,7 @@ def against_rivals(df, whole):
     "Sentences on the worst regrets over the cells `whole`"
     rivals = ', '.join(lower_worst(df)) or 'none'
     own = worst(df, whole, 'E3cap')
-    return [f"Over the cells with all arms, the worst regret of {label('E3cap')} is {own:.1f} %.",
+    return [f"Over the cells with all arms, the worst regret of {label('E3cap')} is {own:.1f}%.",
             f'Constants and rules with no higher one: {rivals}.']
 
 def summary(df):

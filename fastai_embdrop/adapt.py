@@ -1,6 +1,6 @@
 """A callback that finds `embed_p` while the model trains
 
-The best `embed_p` depends on how much a model overfits, and only training shows that. `AdaptEmbedP` starts at 0. It measures the loss on training data and on *control data*, which the model does not train on, 20 times in a fit. It raises `embed_p` when the control loss stops following the training loss down. In eight language models, one run ended within 2 % of the best of six constants. In a classifier, and in a recommender that overfits, it raised `embed_p` too late. First try keeping the best epoch of a training without embedding dropout.
+The best `embed_p` depends on how much a model overfits, and only training shows that. `AdaptEmbedP` starts at 0. It measures the loss on training data and on *control data*, which the model does not train on, 20 times in a fit. It raises `embed_p` when the control loss stops following the training loss down. In eight language models, one run ended within 2% of the best of six constants. In a classifier, and in a recommender that overfits, it raised `embed_p` too late. First try keeping the best epoch of a training without embedding dropout.
 
 Docs: https://fastai-embdrop.github.io/fastai_embdrop/adapt.html.md"""
 

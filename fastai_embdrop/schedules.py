@@ -31,7 +31,7 @@ def SchedEarly(
 # %% ../nbs/02_schedules.ipynb #42d84c11
 def SchedCurriculum(
     p:float, # Probability that it approaches, in [0, 1]
-    gamma:float, # Speed: 63 % of `p` is reached at `pct = 1/gamma`
+    gamma:float, # Speed: 63% of `p` is reached at `pct = 1/gamma`
 )->Callable: # Schedule: a function of `pct` in [0, 1]
     "`p*(1-exp(-gamma*pct))`: curriculum dropout (Morerio et al. 2017, section 3, who give the probability of keeping)"
     p = _check_p(p, 'p')

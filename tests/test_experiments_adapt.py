@@ -222,13 +222,13 @@ def test_summary_says_what_is_known():
         '29 of 492 runs are done, and 0 of 12 cells have all arms.'
     assert J.summary(some)==f'Not yet judged: the recommender, {waiting} ' \
         '30 of 492 runs are done, and 1 of 12 cells has all arms. ' \
-        'Over the cells with all arms, the worst regret of AdaptEmbedP is 0.5 %. ' \
+        'Over the cells with all arms, the worst regret of AdaptEmbedP is 0.5%. ' \
         'Constants and rules with no higher one: const-0.1.'
 
 def test_the_summary_begins_with_the_verdicts():
     first,*rest = J.summary(table(good)).split('. ')
-    assert first=='AdaptEmbedP fails for the recommender (mean regret 0.5 %, worst 0.5 ± 0.0 %); it ' \
-        'succeeds for language models (mean regret 0.5 %, worst 0.5 ± 0.0 %); it ' \
-        'fails for the classifier (mean regret 0.5 %, worst 0.5 ± 0.0 %)'
+    assert first=='AdaptEmbedP fails for the recommender (mean regret 0.5%, worst 0.5 ± 0.0%); it ' \
+        'succeeds for language models (mean regret 0.5%, worst 0.5 ± 0.0%); it ' \
+        'fails for the classifier (mean regret 0.5%, worst 0.5 ± 0.0%)'
     assert rest[0]=='360 of 492 runs are done, and 12 of 12 cells have all arms'
     assert rest[-1]=='Constants and rules with no higher one: none.'
