@@ -213,6 +213,21 @@ def test_epochs_continue_with_start_epoch(learn):
     learn.fit(3, start_epoch=1, cbs=cb)
     np.testing.assert_allclose(applied(learn), plan(n, 3, start=1), atol=1e-9)
 
+@pytest.mark.parametrize('start', [0, 2])
+def test_another_scheduler_counts_its_own_epochs(learn, start):
+    learn.fit(1, cbs=AnnealEmbedP(.3, .1))
+    learn.fit(3, start_epoch=start, cbs=AnnealEmbedP(.5, .05, epochs=3))
+    np.testing.assert_allclose(applied(learn), plan(len(learn.dls.train), 3, start), atol=1e-9)
+
+def test_a_lower_value_that_is_assigned_later_counts_as_configured(learn):
+    learn.fit(1, cbs=AnnealEmbedP(.5, .3))
+    drop = learn.model[0].encoder_dp
+    drop.embed_p = .1
+    assert _base_p(drop, 'embed_p')==.1
+
+def test_order_is_between_the_recorder_and_what_writes_its_values():
+    assert Recorder.order < DropoutScheduler.order < CSVLogger.order
+
 def test_epochs_start_again_with_another_learner(dls):
     "As in a loop over seeds; before, the second learner had the last value from its first batch on"
     cb,seen = AnnealEmbedP(.5, .05, epochs=1),[]
@@ -336,10 +351,10 @@ def test_exp_from_a_configured_0_is_refused(dls):
 def test_lr_find_spends_no_epochs(learn):
     cb,n = AnnealEmbedP(.5, .05, epochs=2),len(learn.dls.train)
     learn.add_cb(cb)
-    learn.lr_find(num_it=10, show_plot=False)
+    learn.lr_find(num_it=5, show_plot=False)
     learn.fit(1)
     np.testing.assert_allclose(applied(learn), [f(i/n/2) for i in range(n)], atol=1e-9)
-    learn.lr_find(num_it=10, show_plot=False)
+    learn.lr_find(num_it=5, show_plot=False)
     learn.fit(1)
     np.testing.assert_allclose(applied(learn), [f((1+i/n)/2) for i in range(n)], atol=1e-9)
 
