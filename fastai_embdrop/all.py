@@ -1,4 +1,4 @@
-"What users meet, to be imported after `from fastai.text.all import *`: `AWD_LSTM` and its configurations are then this package's"
+"What users meet. Import it after `from fastai.text.all import *`: then `AWD_LSTM` and its configurations are ours"
 from .dropout import EmbeddingDropout
 from .embeddings import add_embedding_dropout, remove_embedding_dropout
 from .schedules import SchedCurriculum, SchedEarly, SchedLate, SchedPiecewise, shapes
