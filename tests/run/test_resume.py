@@ -296,4 +296,4 @@ def test_killed_at_any_time(start, tmp_path, capsys):
             ends += 1
     wait(out)
     same_run(ref, out)
-    with capsys.disabled(): print(f'\n{kills} kills in {ends+1} runs: each ended with the bits of a run without kills', end=' ')
+    with capsys.disabled(): print(f'\n{kills} kills in {ends+1} runs, each ending as one without kills', end=' ')
