@@ -565,7 +565,7 @@ def test_a_third_loader_does_not_matter():
     assert cb.history
 
 @pytest.mark.parametrize('n', [1, 2, 3])
-def test_of_several_processes_the_first_one_counts(n, monkeypatch):
+def test_of_several_ranks_the_first_one_counts(n, monkeypatch):
     def broadcast(box): box[0] = 'of process 0'
     monkeypatch.setattr(adapt, 'num_distrib', lambda: n)
     monkeypatch.setattr(torch.distributed, 'broadcast_object_list', broadcast)
