@@ -299,7 +299,7 @@ def test_hooks_of_a_data_parallel_model_keep_the_logits():
 
 def test_accelerates_mixed_precision_leaves_out_the_logits(dls):
     "It replaces `forward`, once for each fit in `distrib_ctx`"
-    accelerate = pytest.importorskip('accelerate')
+    accelerate = pytest.importorskip('accelerate', reason='accelerate is needed for several processes alone')
     learn = awd_lstm_learner(dls, SMALL)
     for _ in range(2):
         accelerator = accelerate.Accelerator(mixed_precision='bf16', cpu=True)
@@ -311,7 +311,7 @@ def test_accelerates_mixed_precision_leaves_out_the_logits(dls):
     assert isinstance(step.pred_kept, LazyLogits)
 
 def test_accelerates_mixed_precision_hides_no_other_forward(dls):
-    accelerate = pytest.importorskip('accelerate')
+    accelerate = pytest.importorskip('accelerate', reason='accelerate is needed for several processes alone')
     learn = awd_lstm_learner(dls, SMALL)
     forward_of_the_model(learn)
     accelerate.Accelerator(mixed_precision='bf16', cpu=True).prepare_model(learn.model)
